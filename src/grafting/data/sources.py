@@ -1,0 +1,100 @@
+"""What `load_dataset` can read: packaged names, `.npz`, IDX folders and safetensors of latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from grafting.data.dataset import ImageLabelDataset
+from grafting.data.fashion import NUM_CLASSES, has_idx_files, load_full, packaged_subset, pad_to_32
+from grafting.data.npz import NpzReader
+from grafting.errors import DataError
+
+PACKAGED = ("fashion-10",)
+_FASHION = "fashion:"
+
+
+def load_dataset(source: str | Path) -> ImageLabelDataset:
+    """Load labelled images or latents from a packaged name or a file.
+
+    `source` is one of
+    - `fashion-10`: the shipped stratified 10 % of Fashion-MNIST's training set, [6000, 1, 32, 32];
+    - a folder with Fashion-MNIST's IDX files, or `fashion:FOLDER` (`fashion:FOLDER:test` for its test split);
+    - a `.npz` file: `arr_0` uint8 [N, H, W, C] or float [N, C, H, W], `arr_1` integer labels [N];
+    - a `.safetensors` file of latents: `x` float [N, C, H, W], taken as it is, `y` integer labels [N];
+      `name` and `num_classes` in its metadata are used.
+    Raises `DataError` that says what was found and what can be read.
+    """
+    text = str(source)
+    if text == "fashion-10":
+        images, labels = packaged_subset()
+        return _fashion(images, labels, text)
+    if text.startswith(_FASHION):
+        folder, _, split = text.removeprefix(_FASHION).partition(":")
+        return _fashion(*load_full(folder, split or "train"), f"fashion-{split or 'train'}")
+    path = Path(source)
+    if path.is_dir():
+        if has_idx_files(path):
+            return _fashion(*load_full(path, "train"), "fashion-train")
+        raise DataError(
+            f"folder {path} has no train-images-idx3-ubyte(.gz); give its .npz or .safetensors file"
+        )
+    if not path.is_file():
+        raise DataError(
+            f"no data at {text!r}: expected {', '.join(PACKAGED)}, fashion:FOLDER, a folder of IDX files, "
+            "a .npz or a .safetensors file"
+        )
+    if path.suffix == ".npz":
+        return _from_npz(path)
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    raise DataError(f"cannot tell what {path} is by its name; expected .npz or .safetensors")
+
+
+def _fashion(images: np.ndarray, labels: np.ndarray, name: str) -> ImageLabelDataset:
+    x, y = torch.from_numpy(pad_to_32(images)), torch.from_numpy(labels)
+    return ImageLabelDataset(x, y, name=name, num_classes=NUM_CLASSES)
+
+
+def _from_npz(path: Path) -> ImageLabelDataset:
+    archive = NpzReader(path)
+    header = archive.header("arr_0")
+    if "arr_1" not in archive:
+        raise DataError(f"{path} has no labels: expected integer labels [N] as array 'arr_1'")
+    if len(header.shape) != 4:
+        raise DataError(
+            f"{path}: arr_0 has shape {list(header.shape)}, expected [N, H, W, C] or [N, C, H, W]"
+        )
+    images, labels = archive.read("arr_0"), archive.read("arr_1")
+    if images.dtype == np.uint8:
+        images = images.transpose(0, 3, 1, 2)
+    elif images.dtype.kind != "f":
+        raise DataError(f"{path}: arr_0 is {images.dtype}, expected uint8 [N, H, W, C] or float [N, C, H, W]")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: arr_1 is {labels.dtype}, expected integer labels")
+    x = torch.from_numpy(np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("=")))
+    return ImageLabelDataset(x, torch.from_numpy(labels.astype(np.int64)), name=path.stem)
+
+
+def _from_safetensors(path: Path) -> ImageLabelDataset:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = sorted(file.keys())
+            if not {"x", "y"} <= set(held):
+                raise DataError(
+                    f"{path} holds {', '.join(held)}; expected latents 'x' [N, C, H, W] and labels 'y'"
+                )
+            x, y, metadata = file.get_tensor("x"), file.get_tensor("y"), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"cannot read {path} as safetensors: {error}; write or download it again") from error
+    if not x.is_floating_point():
+        raise DataError(f"{path}: latents 'x' must be floating point, got {x.dtype}")
+    text = metadata.get("num_classes")
+    if text is not None and not text.isdecimal():
+        raise DataError(f"{path}: num_classes in its metadata is {text!r}, expected a number")
+    num_classes = None if text is None else int(text)
+    return ImageLabelDataset(x, y, name=metadata.get("name", path.stem), num_classes=num_classes)
