@@ -1,0 +1,107 @@
+"""Gated short convolutions: `hyena_se`, `hyena_x`, `hyena_y` (StripedHyena 2, arXiv 2503.01868)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from grafting.operators.base import AttentionDonor, Cost, Donor, Operator, assign, linear, num_params
+from grafting.operators.filters import DepthwiseFilter
+from grafting.operators.registry import register
+
+KernelSize = Annotated[int, Field(ge=1)]
+
+
+class Hyena(Operator):
+    """y = out(q * inner(k * v)) with q, k, v = featurizer(in(x)); a subclass says which filters there are.
+
+    `featurizer`: a causal depthwise filter over the 3D projected channels. `inner`: one over the D gated ones.
+    """
+
+    has_featurizer: bool
+    has_inner: bool
+
+    def __init__(self, *, dim: int, kernel_size: KernelSize = 4) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.in_proj = linear(dim, 3 * dim)
+        if self.has_featurizer:
+            self.short_filter = DepthwiseFilter(3 * dim, kernel_size)
+        if self.has_inner:
+            self.inner_filter = DepthwiseFilter(dim, kernel_size, identity=True)
+        self.out_proj = linear(dim, dim)
+
+    def mix(self, x: Tensor) -> Tensor:
+        u = self.in_proj(x)  # [B, N, 3D]
+        if self.has_featurizer:
+            u = self.short_filter(u)
+        q, k, v = u.chunk(3, dim=-1)  # each [B, N, D]
+        gated = k * v
+        if self.has_inner:
+            gated = self.inner_filter(gated)
+        return q * gated
+
+    def cost(self, num_tokens: int) -> Cost:
+        dim, taps = self.out_proj.out_features, self.kernel_size
+        tokens_by_width = float(num_tokens * dim)
+        return Cost(
+            operator=(2 + 2 * taps * self.has_inner) * tokens_by_width,
+            featurizer=(8 * dim + 6 * taps * self.has_featurizer) * tokens_by_width,
+            params=num_params(self),
+        )
+
+    def copy_donor(self, donor: Donor) -> list[str]:
+        """Projections from the attention's."""
+        dim = self.out_proj.out_features
+        if not isinstance(donor, AttentionDonor) or donor.v_weight.shape != (dim, dim):
+            return []
+        scale = GATE_SCALE / dim**0.5
+        ones = donor.v_weight.new_ones(dim)
+        zeros = donor.v_weight.new_zeros(dim)
+        v_bias = zeros if donor.v_bias is None else donor.v_bias
+        named = assign(
+            self,
+            {
+                "in_proj.weight": torch.cat([scale * donor.q_weight, scale * donor.k_weight, donor.v_weight]),
+                "in_proj.bias": torch.cat([ones, ones, v_bias]),
+                "out_proj.weight": donor.out_weight,
+                "out_proj.bias": donor.out_bias,
+            },
+        )
+        if self.has_featurizer:
+            self.short_filter.set_identity()
+            named += ["short_filter.weight", "short_filter.bias"]
+        return named
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}"
+
+
+GATE_SCALE = 0.5
+
+
+@register("hyena_se", targets=("mha",), package="grafting")
+class HyenaSE(Hyena):
+    """Featurizer filter and inner filter."""
+
+    has_featurizer = True
+    has_inner = True
+
+
+@register("hyena_x", targets=("mha",), package="grafting")
+class HyenaX(Hyena):
+    """Featurizer filter only: y = out(q * k * v)."""
+
+    has_featurizer = True
+    has_inner = False
+
+
+@register("hyena_y", targets=("mha",), package="grafting")
+class HyenaY(Hyena):
+    """Inner filter only, initialised to the identity."""
+
+    has_featurizer = False
+    has_inner = True

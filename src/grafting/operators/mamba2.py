@@ -1,0 +1,100 @@
+"""Mamba-2: a selective state space model with a scalar decay per head (arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from grafting.errors import OperatorError
+from grafting.operators.base import AttentionDonor, Cost, Donor, Operator, assign, linear, num_params
+from grafting.operators.filters import DepthwiseFilter
+from grafting.operators.registry import register
+from grafting.operators.ssd import ssd
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x * silu(z)) * weight, in fp32; the gate comes before the norm."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x and z [B, N, dim] -> [B, N, dim]."""
+        gated = x.float() * F.silu(z.float())
+        gated = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
+        return (gated * self.weight.float()).to(x.dtype)
+
+
+@register("mamba2", targets=("mha",), package="grafting")
+class Mamba2(Operator):
+    """The Mamba-2 block, causal, with one group of B and C; chunked, linear in N.
+
+    `expand`: inner width over D. `head_dim`: channels that share a decay. `chunk_size`: tokens handled by
+    one matrix product; it changes speed and memory, not the result.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        d_state: Positive = 64,
+        expand: Positive = 2,
+        head_dim: Positive = 16,
+        kernel_size: Positive = 4,
+        chunk_size: Positive = 64,
+    ) -> None:
+        super().__init__()
+        inner = expand * dim
+        if inner % head_dim:
+            raise OperatorError(
+                f"operator 'mamba2': head_dim={head_dim} does not divide expand * dim = {inner}; "
+                "choose a head_dim that does"
+            )
+        self.d_state, self.head_dim, self.chunk_size = d_state, head_dim, chunk_size
+        heads = inner // head_dim
+        self.in_proj = linear(dim, 2 * inner + 2 * d_state + heads, bias=False)  # z, x, B, C, dt
+        self.conv1d = DepthwiseFilter(inner + 2 * d_state, kernel_size)
+        # dt = softplus(dt_bias) is log-uniform in [1e-3, 1e-1] and A uniform in [1, 16] at the start.
+        dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1.0, 16.0).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = GatedRMSNorm(inner)
+        self.out_proj = linear(inner, dim, bias=False)
+
+    def mix(self, x: Tensor) -> Tensor:
+        inner, heads = self.norm.weight.shape[0], self.A_log.shape[0]
+        z, xbc, dt = self.in_proj(x).split([inner, inner + 2 * self.d_state, heads], dim=-1)
+        xbc = F.silu(self.conv1d(xbc))
+        u, b, c = xbc.split([inner, self.d_state, self.d_state], dim=-1)
+        u = u.unflatten(-1, (heads, self.head_dim))  # [B, N, H, P]
+        dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, N, H]
+        y = ssd(u, dt, -dt * self.A_log.float().exp(), b, c, self.chunk_size)
+        y = y + u * self.D[:, None].to(u.dtype)
+        return self.norm(y.flatten(2), z)
+
+    def cost(self, num_tokens: int) -> Cost:
+        dim, inner = self.out_proj.out_features, self.out_proj.in_features
+        taps, channels = self.conv1d.weight.shape[-1], self.conv1d.weight.shape[0]
+        projections = 2.0 * num_tokens * dim * (self.in_proj.out_features + inner)
+        return Cost(
+            operator=2.0 * num_tokens * inner * self.d_state,
+            featurizer=projections + 2.0 * taps * num_tokens * channels,
+            params=num_params(self),
+        )
+
+    def copy_donor(self, donor: Donor) -> list[str]:
+        """C from Q, B from K, x from V, the readout from O, as far as the shapes permit."""
+        return []
+
+    def extra_repr(self) -> str:
+        return f"d_state={self.d_state}, head_dim={self.head_dim}, chunk_size={self.chunk_size}"

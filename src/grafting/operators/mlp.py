@@ -1,0 +1,116 @@
+"""Operators for the MLP of a block: `mlp` of another width, and the gated `mlp_hyena_x`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from grafting.errors import OperatorError
+from grafting.operators.base import Cost, Donor, MLPDonor, Operator, assign, linear, num_params
+from grafting.operators.filters import DepthwiseFilter, causal_channel_filter
+from grafting.operators.registry import register
+
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def hidden_width(name: str, dim: int, ratio: float) -> int:
+    """ratio * dim, which must be a whole number of at least 1 (`OperatorError`)."""
+    hidden = round(ratio * dim)
+    if hidden < 1 or abs(ratio * dim - hidden) > 1e-6 * hidden:
+        raise OperatorError(
+            f"operator '{name}': ratio={ratio} times dim={dim} is {ratio * dim:g} hidden units, not a whole number; "
+            f"the nearest ratio that fits is {max(hidden, 1)}/{dim} = {max(hidden, 1) / dim!r}"
+        )
+    return hidden
+
+
+@register("mlp", targets=("mlp",), package="grafting")
+class MLP(Operator):
+    """Two linear layers with a tanh-approximated GELU between; `ratio` is the hidden width over D."""
+
+    readout_name = "fc2"
+
+    def __init__(self, *, dim: int, ratio: Ratio = 4) -> None:
+        super().__init__()
+        hidden = hidden_width("mlp", dim, ratio)
+        self.fc1 = linear(dim, hidden)
+        self.fc2 = linear(hidden, dim)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return F.gelu(self.fc1(x), approximate="tanh")
+
+    def cost(self, num_tokens: int) -> Cost:
+        hidden, dim = self.fc1.weight.shape
+        return Cost(operator=4.0 * num_tokens * hidden * dim, featurizer=0.0, params=num_params(self))
+
+    def copy_donor(self, donor: Donor) -> list[str]:
+        """The donor's hidden units: all, the most useful ones, or all and some with zero output.
+
+        A unit's use is estimated by the norm of its input row times the norm of its output column.
+        """
+        if not isinstance(donor, MLPDonor) or donor.in_weight.shape[1] != self.fc1.in_features:
+            return []
+        width, kept = donor.in_weight.shape[0], self.fc1.out_features
+        use = donor.in_weight.float().norm(dim=1) * donor.out_weight.float().norm(dim=0)
+        units = use.argsort(descending=True)[: min(width, kept)].sort().values
+        bias = donor.in_weight.new_zeros(width) if donor.in_bias is None else donor.in_bias
+        with torch.no_grad():
+            in_weight, in_bias = self.fc1.weight.detach().clone(), self.fc1.bias.detach().clone()
+            out_weight = torch.zeros_like(self.fc2.weight)
+            in_weight[: len(units)] = donor.in_weight[units].to(in_weight)
+            in_bias[: len(units)] = bias[units].to(in_bias)
+            out_weight[:, : len(units)] = donor.out_weight[:, units].to(out_weight)
+        return assign(
+            self,
+            {
+                "fc1.weight": in_weight,
+                "fc1.bias": in_bias,
+                "fc2.weight": out_weight,
+                "fc2.bias": donor.out_bias,
+            },
+        )
+
+
+@register("mlp_hyena_x", targets=("mlp",), package="grafting")
+class MLPHyenaX(Operator):
+    """y = out(q * k * v) with q, k, v of width rD, filtered along the *channels* with one filter per token.
+
+    The filter runs over all 3rD channels before they are split, so it crosses the borders of q, k and v. It
+    is tied to the number of tokens it was built for.
+    """
+
+    def __init__(
+        self, *, dim: int, num_tokens: int, ratio: Ratio = 2, kernel_size: Annotated[int, Field(ge=1)] = 4
+    ) -> None:
+        super().__init__()
+        hidden = hidden_width("mlp_hyena_x", dim, ratio)
+        self.num_tokens = num_tokens
+        self.in_proj = linear(dim, 3 * hidden)
+        self.short_filter = DepthwiseFilter(num_tokens, kernel_size)
+        self.out_proj = linear(hidden, dim)
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        if num_tokens != self.num_tokens:
+            raise OperatorError(
+                f"operator 'mlp_hyena_x' has one filter for each of {self.num_tokens} tokens and got {num_tokens}; "
+                "build it for that number (num_tokens=) or replace the MLP by 'mlp', which takes any"
+            )
+
+    def mix(self, x: Tensor) -> Tensor:
+        self._check_tokens(x.shape[1])
+        u = causal_channel_filter(self.in_proj(x), self.short_filter.weight, self.short_filter.bias)
+        q, k, v = u.chunk(3, dim=-1)  # each [B, N, rD]
+        return q * k * v
+
+    def cost(self, num_tokens: int) -> Cost:
+        self._check_tokens(num_tokens)
+        dim, hidden = self.out_proj.weight.shape
+        return Cost(
+            operator=8.0 * num_tokens * hidden * dim + 2.0 * num_tokens * hidden,
+            featurizer=0.0,
+            params=num_params(self),
+        )
