@@ -18,7 +18,7 @@ KernelSize = Annotated[int, Field(ge=1)]
 class Hyena(Operator):
     """y = out(q * inner(k * v)) with q, k, v = featurizer(in(x)); a subclass says which filters there are.
 
-    `featurizer`: a causal depthwise filter over the 3D projected channels. `inner`: one over the D gated ones.
+    `featurizer`: a causal depthwise filter of the 3D projected channels. `inner`: one of the D gated ones.
     """
 
     has_featurizer: bool

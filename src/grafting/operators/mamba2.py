@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from grafting.errors import OperatorError
-from grafting.operators.base import AttentionDonor, Cost, Donor, Operator, assign, linear, num_params
+from grafting.operators.base import Cost, Donor, Operator, linear, num_params
 from grafting.operators.filters import DepthwiseFilter
 from grafting.operators.registry import register
 from grafting.operators.ssd import ssd

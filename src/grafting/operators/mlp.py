@@ -22,7 +22,8 @@ def hidden_width(name: str, dim: int, ratio: float) -> int:
     hidden = round(ratio * dim)
     if hidden < 1 or abs(ratio * dim - hidden) > 1e-6 * hidden:
         raise OperatorError(
-            f"operator '{name}': ratio={ratio} times dim={dim} is {ratio * dim:g} hidden units, not a whole number; "
+            f"operator '{name}': ratio={ratio} times dim={dim} is {ratio * dim:g} hidden units, "
+            "not a whole number; "
             f"the nearest ratio that fits is {max(hidden, 1)}/{dim} = {max(hidden, 1) / dim!r}"
         )
     return hidden
@@ -96,8 +97,8 @@ class MLPHyenaX(Operator):
     def _check_tokens(self, num_tokens: int) -> None:
         if num_tokens != self.num_tokens:
             raise OperatorError(
-                f"operator 'mlp_hyena_x' has one filter for each of {self.num_tokens} tokens and got {num_tokens}; "
-                "build it for that number (num_tokens=) or replace the MLP by 'mlp', which takes any"
+                f"operator 'mlp_hyena_x' has one filter for each of {self.num_tokens} tokens "
+                f"and got {num_tokens}; build it for that number (num_tokens=) or replace the MLP by 'mlp', which takes any"
             )
 
     def mix(self, x: Tensor) -> Tensor:

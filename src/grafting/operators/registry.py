@@ -187,8 +187,8 @@ def _explain(entry: Entry, given: Mapping[str, Any], error: ValidationError) -> 
     key = str(first["loc"][0]) if first["loc"] else ""
     start = f"operator '{entry.name}'"
     if first["type"] == "extra_forbidden":
-        keys = describe(entry.name)
-        return f"{start} has no config key {_short(key)}{_did_you_mean(key, entry.config.model_fields)}; keys: {keys}"
+        hint = _did_you_mean(key, entry.config.model_fields)
+        return f"{start} has no config key {_short(key)}{hint}; keys: {describe(entry.name)}"
     if first["type"] == "missing":
         return f"{start} needs the config key {_describe_key(entry, key)}"
     reason = first["msg"][:1].lower() + first["msg"][1:]
