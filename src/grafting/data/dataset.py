@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grafting.data.draws import stratified_indices
+from grafting.data.stratify import stratified_indices
 from grafting.errors import DataError
 
 Indices = Sequence[int] | np.ndarray | Tensor

@@ -86,14 +86,7 @@ class NpzReader:
             yield
         except DataError:
             raise
-        except (
-            OSError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except _ZIP_ERRORS as error:
             raise DataError(
                 f"cannot read {self.path} as .npz: {error}; write or download it again"
             ) from error
