@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
 from grafting.errors import PlanError
-from grafting.frozen import FrozenDict
+from grafting.plain import FrozenDict, canonical_json, show
 from grafting.selectors import MAX_LAYERS, Locality, Selector, closest, format_layers, normalize, resolve
-from grafting.yaml_io import canonical_json, show
 
 INITS = ("donor", "random")
 LOSSES = (None, "l1", "l2", "huber", "auto")
@@ -73,7 +72,7 @@ class Replace:
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> Replace:
-        """The entry of a plan file: the mapping under the entry\'s key."""
+        """The entry of a plan file: the mapping under the entry's key."""
         check_keys(
             body,
             ("target", "layers", "with"),
@@ -139,7 +138,7 @@ class Parallelize:
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> Parallelize:
-        """The entry of a plan file: the mapping under the entry\'s key."""
+        """The entry of a plan file: the mapping under the entry's key."""
         check_keys(body, ("groups",), ("merge",))
         return cls(**body)
 
@@ -199,7 +198,7 @@ class Prune:
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> Prune:
-        """The entry of a plan file: the mapping under the entry\'s key."""
+        """The entry of a plan file: the mapping under the entry's key."""
         check_keys(body, ("layers",))
         return cls(**body)
 

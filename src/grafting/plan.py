@@ -23,8 +23,9 @@ from typing import Any
 
 from grafting.entries import ENTRY_TYPES, Entry, Parallelize, Prune, Replace, check_keys
 from grafting.errors import PlanError
+from grafting.plain import canonical_json, show
 from grafting.selectors import Locality, closest
-from grafting.yaml_io import SUFFIXES, canonical_json, dump_json, dump_yaml, load_yaml, show, write_text
+from grafting.yaml_io import SUFFIXES, dump_json, dump_yaml, load_yaml, write_text
 
 __all__ = ["Entry", "GraftPlan", "Parallelize", "Prune", "Replace"]
 
@@ -110,11 +111,11 @@ class GraftPlan:
         write_text(path, text, "plan", PlanError)
 
     def resolve(self, num_layers: int, locality: Locality | None = None) -> GraftPlan:
-        """The same plan with selectors replaced by sorted layer numbers of a model with `num_layers` blocks.
+        """The same plan with selectors replaced by sorted layer numbers of a `num_layers`-block model.
 
         Idempotent. Raises PlanError for a selector that does not fit, two edits of one target in one layer, a
-        layer in two groups, a group of layers that do not follow each other, a pruned layer that is edited too,
-        and a plan that prunes every block; it names the layer, both entries and the remedy.
+        layer in two groups, a group that is not consecutive, a pruned layer that is edited too, and a plan
+        that prunes every block; it names the layer, both entries and the remedy.
         """
         resolved = []
         for number, entry in enumerate(self.entries, 1):
@@ -131,7 +132,7 @@ class GraftPlan:
         return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()
 
     def diff(self, other: GraftPlan) -> list[str]:
-        """What must change in this plan to get `other`, one line each; empty exactly if the plans are equal."""
+        """What must change in this plan to get `other`, one line each; none exactly if they are equal."""
         if self == other:
             return []
         removed, added = list(enumerate(self.entries, 1)), list(enumerate(other.entries, 1))

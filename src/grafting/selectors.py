@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from grafting.errors import PlanError
-from grafting.yaml_io import load_json, show
+from grafting.plain import show
+from grafting.yaml_io import load_json
 
 MAX_LAYERS = 4096
 """No model has more layers; larger numbers are refused before anything is allocated."""
@@ -48,9 +49,9 @@ def resolve(
     """Sorted, unique layer numbers that `selector` names in a model of `num_layers` layers.
 
     `interleaved-50` are the odd layers, `interleaved-75` those with i % 4 != 0, `first-50` and `deep-50` the
-    first and last floor(L/2). `top-local-50` takes the floor(L/2) layers of highest `locality`, `low-local-50`
-    those of lowest; layers are ranked once, ties by layer number, so the two never overlap. Ranges include
-    their end.
+    first and last floor(L/2). `top-local-50` takes the floor(L/2) layers of highest `locality`,
+    `low-local-50` those of lowest; layers are ranked once, ties by layer number, so the two never overlap.
+    Ranges include their end.
     Raises PlanError, beginning with `where`, for anything malformed, duplicate, out of range or empty.
     """
     if not _is_int(num_layers) or not 1 <= num_layers <= MAX_LAYERS:

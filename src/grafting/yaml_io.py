@@ -1,8 +1,8 @@
 """Reading and writing of small YAML and JSON files: plain data in, plain data out, nothing executed.
 
-What comes back is what JSON can say (None, bool, int, float, str, list, dict with string keys). Scalars follow
-the YAML 1.2 core schema, so that `1e-4` is a number and `no` is a word. Tags, anchors, aliases, duplicate keys,
-NaN, infinities, files above 1 MB and nesting above 32 levels are refused, each in one line with file and line.
+What comes back is plain data (`grafting.plain`). Scalars follow the YAML 1.2 core schema, so that `1e-4` is a
+number and `no` is a word. Tags, anchors, aliases, duplicate keys, NaN, infinities, files above 1 MB and
+nesting above 32 levels are refused, each in one line with file and, where known, line.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import json
 import math
 import os
 import re
-import reprlib
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from grafting.errors import GraftError
+from grafting.plain import MAX_DEPTH, check_data, show
 
 MAX_BYTES = 1 << 20
-MAX_DEPTH = 32
 SUFFIXES = (".yaml", ".yml", ".json")
 
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -35,57 +34,6 @@ _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
-
-
-def show(value: object, limit: int = 60) -> str:
-    """One short line for an error message, whatever the value is."""
-    try:
-        text = repr(value[: limit + 1]) if isinstance(value, str) else reprlib.repr(value)
-    except Exception:  # a repr that fails must not hide the error it is part of
-        text = f"<{type(value).__name__}>"
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def check_data(value: object, where: str, error: type[GraftError] = GraftError) -> Any:
-    """A plain copy of JSON-typed data: lists and dicts anew, tuples as lists.
-
-    Raises `error`, naming the place, for any other type, a key that is not a string, a number that is not finite
-    or does not fit 64 bits, text that is not Unicode, and more than 32 levels.
-    """
-    return _copy(value, where, error, 0)
-
-
-def _copy(value: object, where: str, error: type[GraftError], depth: int) -> Any:
-    if depth > MAX_DEPTH:
-        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels; flatten it")
-    if value is None or isinstance(value, bool):
-        return value
-    if type(value) is int:
-        if not -(1 << 63) <= value < 1 << 63:
-            raise error(f"{where}: an integer beyond 64 bits; use a smaller number")
-        return value
-    if type(value) is float:
-        if not math.isfinite(value):
-            raise error(f"{where}: {value} is not a finite number; use a finite one, or leave the key out")
-        return value
-    if type(value) is str:
-        if any("\ud800" <= char <= "\udfff" for char in value) if not value.isascii() else False:
-            raise error(f"{where}: text {value[:20]!a} holds half a surrogate pair; write it as UTF-8")
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_copy(item, f"{where}[{i}]", error, depth + 1) for i, item in enumerate(value)]
-    if isinstance(value, Mapping):
-        copied = {}
-        for key, item in value.items():
-            if type(key) is not str:
-                raise error(f"{where}: key {show(key)} is not a string; quote it")
-            copied[_copy(key, where, error, depth)] = _copy(item, f"{where}.{key[:40]}", error, depth + 1)
-        return copied
-    raise error(
-        f"{where}: {show(value)} has type {type(value).__name__}; "
-        "use numbers, strings, booleans, lists and dicts"
-    )
 
 
 def load_yaml(text_or_path: str | os.PathLike[str], what: str, error: type[GraftError] = GraftError) -> Any:
@@ -125,11 +73,6 @@ def dump_json(data: Any) -> str:
     return json.dumps(check_data(data, "data"), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def canonical_json(data: Any) -> str:
-    """The one JSON text of this data: sorted keys, no spaces, ASCII. For hashes and comparisons."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def write_text(
     path: str | os.PathLike[str], text: str, what: str, error: type[GraftError] = GraftError
 ) -> None:
@@ -154,9 +97,10 @@ def write_text(
         ) from None
 
 
-def _is_path(text: str) -> bool:
+def _is_path(text: object) -> bool:
     return (
-        text.endswith(SUFFIXES)
+        isinstance(text, str)
+        and text.endswith(SUFFIXES)
         and "\n" not in text
         and not text.startswith(("- ", "{", "["))
         and ": " not in text
@@ -248,7 +192,7 @@ def _parse_yaml(text: str, where: str, error: type[GraftError]) -> Any:
 
 
 class _Builder:
-    """Plain data from the parser's events; an event that is more than plain data is an error with its line."""
+    """Plain data from the parser's events; an event that is more is an error with its line."""
 
     def __init__(self, events: Iterator[Any], where: str, error: type[GraftError]) -> None:
         self.events, self.where, self.error = events, where, error
@@ -322,6 +266,13 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if data.isprintable() else '"'  # escapes keep what line folding would change
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 for _tag, _pattern in (("int", _INT), ("float", _FLOAT), ("float", _NOT_FINITE)):
