@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from grafting.errors import PlanError
@@ -22,6 +22,7 @@ from grafting.selectors import (
     resolve,
 )
 
+steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 PIXART = (8, 10, 12, 14, 16, 18, 20, 21, 22, 23, 24, 25, 26, 27)
 
 
@@ -95,11 +96,11 @@ def test_resolve(selector: Any, num_layers: int, layers: tuple[int, ...]) -> Non
     ],
 )
 def test_errors_say_what_and_where(selector: Any, num_layers: Any, parts: list[str]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(PlanError) as caught:
         resolve(selector, num_layers, where="entry 1")
     message = str(caught.value)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert message.startswith("entry 1: ")
     assert "\n" not in message
     assert len(message) < 400
@@ -163,6 +164,7 @@ def test_normal_form(text: str, normal: str) -> None:
     assert normalize(normal) == normal
 
 
+@steady
 @given(st.sets(st.integers(0, MAX_LAYERS - 1), min_size=1, max_size=60))
 def test_format_round_trips(layers: set[int]) -> None:
     text = format_layers(sorted(layers))
@@ -184,6 +186,7 @@ anything = st.recursive(
 )
 
 
+@steady
 @given(
     anything,
     st.one_of(st.integers(-1, 40), st.none(), st.just(10**20)),

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grafting.errors import GraftError, RunError
 from grafting.plain import FrozenDict, canonical_json, check_data
 from grafting.yaml_io import MAX_BYTES, dump_json, dump_yaml, load_json, load_yaml, write_text
 
+steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     [
         "no",
@@ -53,6 +54,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )
 
 
+@steady
 @given(data, st.sampled_from([None, 0, 2]))
 def test_round_trip(value: Any, flow_depth: int | None) -> None:
     assert canonical_json(
@@ -61,6 +63,7 @@ def test_round_trip(value: Any, flow_depth: int | None) -> None:
     assert canonical_json(load_json(dump_json([value]), "data")) == canonical_json([value])
 
 
+@steady
 @given(
     st.dictionaries(st.text(max_size=5), text | st.integers(0, 9) | st.lists(text, max_size=2), max_size=3)
 )
@@ -124,10 +127,10 @@ def test_scalars_follow_the_core_schema(document: str, value: Any) -> None:
     ],
 )
 def test_hostile_yaml(document: str, parts: list[str]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RunError) as caught:
         load_yaml(document, "recipe", RunError)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     message = str(caught.value)
     assert message.startswith("recipe")
     assert "\n" not in message
@@ -154,15 +157,16 @@ def test_hostile_yaml(document: str, parts: list[str]) -> None:
     ],
 )
 def test_hostile_json(document: Any, parts: list[str]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(GraftError) as caught:
         load_json(document, "data")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
 
 
+@steady
 @given(st.text(max_size=200) | st.text("[]{}:,-&*!|>'\"%#? \n\tab01", max_size=60))
 def test_any_text_is_data_or_one_line(document: str) -> None:
     for load in (load_yaml, load_json):
@@ -174,6 +178,7 @@ def test_any_text_is_data_or_one_line(document: str) -> None:
         assert "\n" not in message
 
 
+@steady
 @given(st.binary(max_size=200))
 def test_any_bytes_are_data_or_one_line(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     folder = tmp_path_factory.getbasetemp()

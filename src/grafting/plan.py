@@ -25,7 +25,7 @@ from grafting.entries import ENTRY_TYPES, Entry, Parallelize, Prune, Replace, ch
 from grafting.errors import PlanError
 from grafting.plain import canonical_json, show
 from grafting.selectors import Locality, closest
-from grafting.yaml_io import SUFFIXES, dump_json, dump_yaml, load_yaml, write_text
+from grafting.yaml_io import SUFFIXES, dump_json, dump_yaml, load_yaml, show_path, write_text
 
 __all__ = ["Entry", "GraftPlan", "Parallelize", "Prune", "Replace"]
 
@@ -98,7 +98,7 @@ class GraftPlan:
         try:
             return cls.from_dict(data, allow_empty=allow_empty)
         except PlanError as exc:
-            raise PlanError(f"plan {show(str(path), 300)[1:-1]}: {exc}") from None
+            raise PlanError(f"plan {show_path(path)}: {exc}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .yaml, .yml or .json file, whole or not at all. Raises PlanError where it can't be written.
@@ -227,7 +227,7 @@ def _checked_suffix(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise PlanError(f"plan: expected the path of a file, got {show(path)}")
     if Path(path).suffix.lower() not in SUFFIXES:
-        raise PlanError(f"plan {show(str(path), 300)}: a plan file ends in {', '.join(SUFFIXES)}; rename it")
+        raise PlanError(f"plan {show_path(Path(path))}: a plan file ends in {', '.join(SUFFIXES)}; rename it")
     return Path(path)
 
 

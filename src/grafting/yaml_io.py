@@ -12,8 +12,8 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +44,7 @@ def load_yaml(text_or_path: str | os.PathLike[str], what: str, error: type[Graft
     """
     if isinstance(text_or_path, os.PathLike) or _is_path(text_or_path):
         path = Path(text_or_path)
-        where = f"{what} {_show_path(path)}"
+        where = f"{what} {show_path(path)}"
         parse = _parse_json if path.suffix.lower() == ".json" else _parse_yaml
         return parse(_read(path, where, error), where, error)
     return _parse_yaml(_limit(text_or_path, what, error), what, error)
@@ -53,7 +53,7 @@ def load_yaml(text_or_path: str | os.PathLike[str], what: str, error: type[Graft
 def load_json(text_or_path: str | os.PathLike[str], what: str, error: type[GraftError] = GraftError) -> Any:
     """Data of a JSON document; which strings are paths and what is refused is as for `load_yaml`."""
     if isinstance(text_or_path, os.PathLike) or _is_path(text_or_path):
-        where = f"{what} {_show_path(Path(text_or_path))}"
+        where = f"{what} {show_path(Path(text_or_path))}"
         return _parse_json(_read(Path(text_or_path), where, error), where, error)
     return _parse_json(_limit(text_or_path, what, error), what, error)
 
@@ -80,12 +80,10 @@ def write_text(
     path = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "wb", dir=path.parent, prefix=f".{path.name[:40]}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text.encode("utf-8"))
-        os.chmod(temporary, 0o644)
+        raw = text.encode("utf-8")
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+        with open(temporary, "xb") as file:
+            file.write(raw)
         os.replace(temporary, path)
     except (OSError, ValueError) as exc:
         if temporary is not None:
@@ -93,7 +91,7 @@ def write_text(
                 os.unlink(temporary)
         reason = getattr(exc, "strerror", None) or exc
         raise error(
-            f"{what} {_show_path(path)}: can't be written ({reason}); choose a writable folder"
+            f"{what} {show_path(path)}: can't be written ({reason}); choose a writable folder"
         ) from None
 
 
@@ -107,7 +105,8 @@ def _is_path(text: object) -> bool:
     )
 
 
-def _show_path(path: Path) -> str:
+def show_path(path: Path) -> str:
+    """The path as one line of text, whatever characters it holds."""
     text = str(path)
     return text if text.isprintable() and len(text) <= 300 else show(text, 300)
 
@@ -179,7 +178,7 @@ def _parse_json(text: str, where: str, error: type[GraftError]) -> Any:
 def _parse_yaml(text: str, where: str, error: type[GraftError]) -> Any:
     events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     try:
-        return _Builder(events, where, error).document()
+        return check_data(_Builder(events, where, error).document(), where, error)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
