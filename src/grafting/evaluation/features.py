@@ -1,0 +1,130 @@
+"""Feature networks by name: what turns images into the vectors that the measures compare.
+
+Axes: N images, F pooled features, G spatial features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from grafting.errors import DataError, GraftError
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of N images: `pool` [N, F] float32; `spatial` [N, G] and `logits` [N, K] if any."""
+
+    pool: np.ndarray
+    spatial: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+class FeatureNetwork(Protocol):
+    """What `evaluate` asks of a feature network.
+
+    `name` and `weights_hash` (SHA-256) go into the protocol. `num_label_classes` says for how many labels the
+    logits are a classifier of the samples' own classes; None if they are not (then no label accuracy).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weights_hash(self) -> str: ...
+
+    @property
+    def num_label_classes(self) -> int | None: ...
+
+    def extract(
+        self, images: np.ndarray, batch_size: int = 256, device: str | torch.device = "cpu"
+    ) -> FeatureSet:
+        """Return the features of uint8 images [N, H, W, C]."""
+        ...
+
+
+Factory = Callable[[str | None], FeatureNetwork]
+_FACTORIES: dict[str, Factory] = {}
+
+
+def register_features(name: str, factory: Factory) -> None:
+    """Make `factory(argument)` known under `name`; `argument` is what follows in `name:argument`."""
+    if name in _FACTORIES:
+        raise GraftError(f"feature network {name!r} is registered already; choose another name")
+    _FACTORIES[name] = factory
+
+
+def names() -> list[str]:
+    """Names of the registered feature networks."""
+    return sorted(_FACTORIES)
+
+
+def load_features(spec: str) -> FeatureNetwork:
+    """Return the feature network of `spec`: `fashion`, `inception:WEIGHTS`, another registered one.
+
+    Raises `GraftError` for an unknown name, and `CheckpointError` for weights that do not fit.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in _FACTORIES:
+        raise GraftError(f"unknown feature network {name!r}; known are: {', '.join(names())}")
+    return _FACTORIES[name](argument or None)
+
+
+def batches(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cut images [N, ...] into a list of views of at most `batch_size`."""
+    if batch_size < 1:
+        raise DataError(f"batch size must be at least 1, got {batch_size}")
+    return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+
+
+class FashionFeatures:
+    """The packaged classifier: 128 features, 10 logits; images [N, 32, 32, 1] or [N, 28, 28, 1]."""
+
+    num_label_classes: int | None = 10
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        from grafting.evaluation.fashion_classifier import load_classifier
+
+        self._model, self.weights_hash = load_classifier(path)
+        self.name = "fashion" if path is None else f"fashion:{Path(path).name}"
+
+    @torch.inference_mode()
+    def extract(
+        self, images: np.ndarray, batch_size: int = 256, device: str | torch.device = "cpu"
+    ) -> FeatureSet:
+        """Return pooled features [N, 128] and logits [N, 10] of uint8 images."""
+        if images.dtype != np.uint8 or images.shape[1:] not in ((32, 32, 1), (28, 28, 1)):
+            raise DataError(
+                f"fashion features take uint8 [N, 32, 32, 1], got {images.dtype} {list(images.shape)}; "
+                "choose other features for other images"
+            )
+        border = (32 - images.shape[1]) // 2
+        images = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
+        model = self._model.to(device)
+        pool, logits = [], []
+        for batch in batches(images, batch_size):
+            x = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(device)
+            features, scores = model(x.float() / 127.5 - 1.0)
+            pool.append(features.cpu().numpy())
+            logits.append(scores.cpu().numpy())
+        return FeatureSet(np.concatenate(pool), logits=np.concatenate(logits))
+
+
+def _inception(path: str | None) -> FeatureNetwork:
+    from grafting.evaluation.inception import InceptionFeatures
+
+    if path is None:
+        raise DataError(
+            "inception features need a weight file: give inception:PATH, with the public FID weights "
+            "(pt_inception-2015-12-05) as .pth or .safetensors"
+        )
+    return InceptionFeatures(path)
+
+
+register_features("fashion", FashionFeatures)
+register_features("inception", _inception)
