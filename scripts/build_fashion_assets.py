@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from grafting.data.stratify import stratified_indices
 from grafting.data.fashion import SUBSET_ASSET, SUBSET_PURPOSE, SUBSET_SEED, load_full
+from grafting.data.stratify import stratified_indices
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "grafting" / "assets"
 

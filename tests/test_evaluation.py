@@ -349,6 +349,26 @@ def test_inception_has_the_public_layout() -> None:
         assert tuple(names[name].shape) == shape
 
 
+def test_inception_features_from_a_weight_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = InceptionV3().eval()
+    state = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "w.pth")
+    images = rng().integers(0, 256, (2, 40, 30, 3), dtype=np.uint8)
+    network = load_features(f"inception:{tmp_path / 'w.pth'}")
+    features = network.extract(images)
+    maps: list[torch.Tensor] = []
+    model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    with torch.no_grad():
+        pool, _, logits = model(prepare(torch.from_numpy(images).permute(0, 3, 1, 2).float()))
+    assert features.spatial is not None
+    assert features.logits is not None
+    np.testing.assert_array_equal(features.pool, pool)
+    np.testing.assert_array_equal(features.logits, logits)
+    np.testing.assert_array_equal(features.spatial.reshape(2, 17, 17, 7)[..., 3], maps[0][:, 3])
+    assert (network.name, len(network.weights_hash), network.num_label_classes) == ("inception", 64, None)
+
+
 def test_inception_input_scaling() -> None:
     ramp = torch.arange(4.0).reshape(1, 1, 1, 4).expand(1, 1, 4, 4) * 64
     x = prepare(ramp)

@@ -53,7 +53,7 @@ def evaluate(
     metrics = {f"{prefix}d": frechet_distance(*extracted.moments, *target.moments)}
     if extracted.spatial_moments is not None and target.spatial_moments is not None:
         metrics[f"s{prefix}d"] = frechet_distance(*extracted.spatial_moments, *target.spatial_moments)
-    share = precision_recall(target.manifold, extracted.pool, NUM_NEIGHBOURS)
+    share = precision_recall(target.manifold, extracted.pool, NUM_NEIGHBOURS, device=device)
     metrics |= {"precision": share.precision, "recall": share.recall}
     if extracted.logits is not None:
         splits = math.ceil(file.num_samples / SCORE_SPLIT_SIZE)
@@ -104,4 +104,4 @@ def _sampling_protocol(file: SampleFile) -> dict[str, Any]:
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(logits).double().softmax(dim=1).numpy()
+    return torch.from_numpy(logits).softmax(dim=1).numpy()

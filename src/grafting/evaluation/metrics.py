@@ -84,22 +84,27 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
     return max(0.0, float(distance))
 
 
-def manifold_radii(features: np.ndarray, k: int = 3) -> np.ndarray:
+def manifold_radii(features: np.ndarray, k: int = 3, *, device: str | torch.device = "cpu") -> np.ndarray:
     """Return the squared distance [N] of each feature vector [N, F] to its k-th nearest other one."""
     x = _vectors(features, "features")
     if not 1 <= k < len(x):
         raise DataError(f"k nearest neighbours need 1 <= k < {len(x)} (the number of examples), got k = {k}")
-    return _radii(x - x.mean(dim=0), k).numpy()
+    return _radii((x - x.mean(dim=0)).to(device), k).cpu().numpy()
 
 
 def precision_recall(
-    real: np.ndarray, fake: np.ndarray, k: int = 3, *, real_radii: np.ndarray | None = None
+    real: np.ndarray,
+    fake: np.ndarray,
+    k: int = 3,
+    *,
+    real_radii: np.ndarray | None = None,
+    device: str | torch.device = "cpu",
 ) -> PrecisionRecall:
     """Improved precision and recall of `fake` [M, F] against `real` [N, F] (Kynkaanniemi 2019, eq. 1-2).
 
     A vector lies on the manifold of a set if it is within the k-nearest-neighbour radius of one of its
     members (borders included). `real_radii` [N] may be given from `manifold_radii(real, k)` to save time.
-    Distances are computed in float32, blockwise. Raises `DataError` for fewer than k + 1 vectors.
+    Distances are float32, computed in blocks on `device`. Raises `DataError` for fewer than k + 1 vectors.
     """
     x, y = _vectors(real, "real features"), _vectors(fake, "sample features")
     if x.shape[1] != y.shape[1]:
@@ -109,20 +114,23 @@ def precision_recall(
             f"precision and recall at k = {k} need over {k} vectors, got {len(x)} real, {len(y)} fake"
         )
     center = x.mean(dim=0)  # distances do not change, their rounding shrinks
-    x, y = x - center, y - center
-    radii_x = _radii(x, k) if real_radii is None else torch.from_numpy(_finite(real_radii, "radii")).float()
+    x, y = (x - center).to(device), (y - center).to(device)
+    if real_radii is None:
+        radii_x = _radii(x, k)
+    else:
+        radii_x = torch.from_numpy(_finite(real_radii, "radii")).float().to(device)
     radii_y = _radii(y, k)
     if radii_x.shape != (len(x),):
         raise DataError(f"radii must be [{len(x)}], one per real example, got {list(radii_x.shape)}")
-    inside_x = torch.zeros(len(y), dtype=torch.bool)
-    inside_y = torch.zeros(len(x), dtype=torch.bool)
+    inside_x = torch.zeros(len(y), dtype=torch.bool, device=device)
+    inside_y = torch.zeros(len(x), dtype=torch.bool, device=device)
     rows = _rows(len(y))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         distances = _squared_distances(x[part], y)  # [rows, M]
         inside_x |= (distances <= radii_x[part, None]).any(dim=0)
         inside_y[part] = (distances <= radii_y).any(dim=1)
-    return PrecisionRecall(inside_x.double().mean().item(), inside_y.double().mean().item())
+    return PrecisionRecall(int(inside_x.sum()) / len(y), int(inside_y.sum()) / len(x))
 
 
 def inception_score(probs: np.ndarray, splits: int = 1) -> float:
@@ -130,13 +138,13 @@ def inception_score(probs: np.ndarray, splits: int = 1) -> float:
 
     `probs` [N, K] are probabilities, rows sum to 1. Between 1 and K.
     """
-    p = _finite(probs, "probabilities").astype(np.float64)
+    p = _finite(probs, "probabilities")
     if p.ndim != 2 or not 1 <= splits <= len(p):
         raise DataError(f"probabilities must be [N, K] with N >= {splits} (splits), got {list(p.shape)}")
-    if p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
+    if p.min() < 0 or np.abs(p.sum(axis=1, dtype=np.float64) - 1).max() > 1e-3:
         raise DataError("probabilities must be at least 0 and sum to 1 in each row; apply a softmax first")
     scores = []
-    for part in np.array_split(p, splits):
+    for part in (part.astype(np.float64) for part in np.array_split(p, splits)):
         marginal = part.mean(axis=0)
         kl = (
             _xlogx(part).sum(axis=1) - (part * np.log(np.where(marginal > 0, marginal, 1.0))).sum(axis=1)
@@ -172,7 +180,7 @@ def _radii(x: Tensor, k: int) -> Tensor:
     rows = _rows(len(x))
     for start in range(0, len(x), rows):
         distances = _squared_distances(x[start : start + rows], x)  # [rows, N]
-        index = torch.arange(len(distances))
+        index = torch.arange(len(distances), device=x.device)
         distances[index, start + index] = 0.0  # itself, free of rounding: the smallest
         radii.append(distances.topk(k + 1, dim=1, largest=False).values[:, k])
     return torch.cat(radii)

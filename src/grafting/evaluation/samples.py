@@ -152,7 +152,10 @@ class SampleWriter:
             raise DataError(f"expected uint8 [B, {self._shape[1:]}], got {images.dtype} {list(images.shape)}")
         if self._file is None or self._num_written + len(images) > self._shape[0]:
             raise DataError(f"{self.path} is closed or full: it was opened for {self._shape[0]} images")
-        self._file.write(np.ascontiguousarray(images).tobytes())
+        try:
+            self._file.write(np.ascontiguousarray(images).tobytes())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error}; free some space and sample again") from error
         self._num_written += len(images)
 
     def __exit__(
