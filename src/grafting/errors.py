@@ -1,0 +1,39 @@
+"""Errors that teach: what was given, what was expected, where, and what to do about it.
+
+Everything that a user can cause is a `GraftError`; the command line prints it as one line and exits with
+its `exit_code`. Any other exception is a defect of this package.
+"""
+
+from __future__ import annotations
+
+
+class GraftError(ValueError):
+    """Bad input or usage. Base class of every error that this package raises on purpose."""
+
+    exit_code = 2
+
+
+class PlanError(GraftError):
+    """A plan, entry or selector that is malformed, conflicts with itself, or does not fit the model."""
+
+
+class OperatorError(GraftError):
+    """An operator that is not registered, or whose configuration does not fit."""
+
+
+class CheckpointError(GraftError):
+    """A weight file, graft folder or checkpoint that is missing, damaged, unsafe, or of another model."""
+
+
+class DataError(GraftError):
+    """Data of the wrong shape, range or kind."""
+
+
+class RunError(GraftError):
+    """A recipe or run folder that cannot be used as asked."""
+
+
+class DivergedError(GraftError):
+    """A loss or gradient that is no longer finite: the run stopped, its last good checkpoint is kept."""
+
+    exit_code = 3

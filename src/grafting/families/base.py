@@ -1,0 +1,165 @@
+"""What a family of host models tells the rest of the package; one subclass per architecture, one file each.
+
+Axes: B batch, C channels, H W height and width, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grafting.errors import GraftError
+from grafting.operators import AttentionDonor, MLPDonor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One seam of a model where an operator sits and may be replaced."""
+
+    path: str  # of the module in the model, such as "blocks.3.attn"
+    kind: str  # "mha" or "mlp"
+    layer: int  # the teacher's block number
+    donor: nn.Module  # the operator there now
+    num_tokens: int
+    grid: tuple[int, int]
+    width: int
+    num_heads: int
+    gated: bool = True  # whether the block scales the operator's output by an adaLN gate
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} ({self.kind}, {self.path})"
+
+
+class Tap(NamedTuple):
+    """What an operator saw and made in one forward pass of its model."""
+
+    input: Tensor  # [B, N, D]
+    output: Tensor  # [B, N, D], before the gate
+    gate: Tensor | None  # [B, 1, D]
+
+
+class Family(ABC):
+    """The adapter of one family. Stateless: every method takes the model."""
+
+    name: str
+
+    @abstractmethod
+    def owns(self, model: nn.Module) -> bool:
+        """Whether `model` is of this family."""
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> list[Site]:
+        """All replaceable sites in block order, as they are now."""
+
+    @abstractmethod
+    def num_layers(self, model: nn.Module) -> int:
+        """Number of blocks."""
+
+    @abstractmethod
+    def block_paths(self, model: nn.Module) -> list[str]:
+        """Module path of every block."""
+
+    @abstractmethod
+    def donor_weights(self, site: Site) -> AttentionDonor | MLPDonor | None:
+        """The donor's weights in neutral form, or None if it is not of a form that can be copied from."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """Raw prediction [B, 2C, H, W] for noised x [B, C, H, W] at timesteps t [B]."""
+
+    @abstractmethod
+    def taps(
+        self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, paths: Collection[str]
+    ) -> dict[str, Tap]:
+        """One pass under no_grad that returns what the operators at `paths` saw and made."""
+
+    @abstractmethod
+    def predict_with_features(
+        self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, layers: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The prediction and the outputs [B, N, D] of the blocks asked for."""
+
+    @abstractmethod
+    def sample_shape(self, model: nn.Module) -> tuple[int, int, int]:
+        """(C, H, W) of what the model denoises."""
+
+    @abstractmethod
+    def num_classes(self, model: nn.Module) -> int | None:
+        """Number of classes of a class-conditional model (the null class not counted), else None."""
+
+    @abstractmethod
+    def null_condition(self, model: nn.Module, cond: Any) -> Any:
+        """The unconditional counterpart of `cond`, for guidance and label dropout."""
+
+    @abstractmethod
+    def join_conditions(self, first: Any, second: Any) -> Any:
+        """Two conditionings as one doubled batch."""
+
+    @abstractmethod
+    def flops_per_image(self, model: nn.Module) -> float:
+        """FLOPs of one forward pass of one sample, 2 per multiply-add."""
+
+    @abstractmethod
+    def architecture(self, model: nn.Module) -> dict[str, Any]:
+        """JSON form from which `build` makes a model with random weights and no edits."""
+
+    @abstractmethod
+    def build(self, architecture: dict[str, Any]) -> nn.Module:
+        """The inverse of `architecture`."""
+
+    def guided_channels(self, model: nn.Module) -> int:
+        """How many of the noise channels guidance acts on."""
+        return self.sample_shape(model)[0]
+
+    def predict_guided(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, scale: float) -> Tensor:
+        """Classifier-free guidance in one doubled batch: [B, 2C, H, W], the variance unguided."""
+        both = self.join_conditions(cond, self.null_condition(model, cond))
+        output = self.predict(model, torch.cat([x, x]), torch.cat([t, t]), both)
+        conditional, unconditional = output.chunk(2)
+        guided = self.guided_channels(model)
+        mixed = torch.lerp(unconditional[:, :guided], conditional[:, :guided], scale)
+        return torch.cat([mixed, conditional[:, guided:]], dim=1)
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Make a family known; a second registration under one name replaces the first only if it is the same class."""
+    known = _FAMILIES.get(family.name)
+    if known is not None and type(known) is not type(family):
+        raise GraftError(f"a family named {family.name!r} is already registered by {type(known).__module__}")
+    _FAMILIES[family.name] = family
+
+
+def families() -> dict[str, Family]:
+    """All registered families by name."""
+    return dict(_FAMILIES)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that owns `model`, also when it is wrapped by a data-parallel or compiled module."""
+    bare = unwrap(model)
+    for family in _FAMILIES.values():
+        if family.owns(bare):
+            return family
+    raise GraftError(
+        f"no family knows a model of class {type(bare).__name__}: known are {', '.join(_FAMILIES)}; "
+        "register one with grafting.families.register_family"
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile's and data parallel's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -1,0 +1,154 @@
+"""Family `dit`: the published class-conditional DiT (`grafting.models.dit`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafting import operators
+from grafting.errors import CheckpointError
+from grafting.families.base import Family, Site, Tap
+from grafting.models.dit import DiT, DiTConfig
+from grafting.operators import AttentionDonor, MLPDonor
+
+_SEAMS = {"mha": "attn", "mlp": "mlp"}  # kind of site -> attribute of the block
+
+
+class DiTFamily(Family):
+    """Conditioning is a tensor of class numbers [B]; the null class is number `num_classes`."""
+
+    name = "dit"
+
+    def owns(self, model: nn.Module) -> bool:
+        return isinstance(model, DiT)
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        config = _config(model)
+        return [
+            Site(
+                path=f"blocks.{layer}.{attribute}",
+                kind=kind,
+                layer=layer,
+                donor=getattr(block, attribute),
+                num_tokens=config.num_tokens,
+                grid=config.grid,
+                width=config.hidden_size,
+                num_heads=config.num_heads,
+            )
+            for layer, block in enumerate(model.blocks)  # type: ignore[arg-type]
+            for kind, attribute in _SEAMS.items()
+        ]
+
+    def num_layers(self, model: nn.Module) -> int:
+        return _config(model).depth
+
+    def block_paths(self, model: nn.Module) -> list[str]:
+        return [f"blocks.{layer}" for layer in range(self.num_layers(model))]
+
+    def donor_weights(self, site: Site) -> AttentionDonor | MLPDonor | None:
+        operator = getattr(site.donor, "operator_name", None)
+        if operator == "mha":
+            qkv, proj = site.donor.qkv, site.donor.proj
+            q, k, v = qkv.weight.chunk(3)  # type: ignore[union-attr, operator]
+            q_bias, k_bias, v_bias = qkv.bias.chunk(3)  # type: ignore[union-attr, operator]
+            return AttentionDonor(
+                q_weight=q, k_weight=k, v_weight=v, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
+                out_weight=proj.weight, out_bias=proj.bias, num_heads=site.num_heads,  # type: ignore[union-attr, arg-type]
+            )  # fmt: skip
+        if operator == "mlp":
+            fc1, fc2 = site.donor.fc1, site.donor.fc2
+            return MLPDonor(
+                in_weight=fc1.weight, in_bias=fc1.bias, out_weight=fc2.weight, out_bias=fc2.bias  # type: ignore[union-attr, arg-type]
+            )  # fmt: skip
+        return None
+
+    def predict(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return model(x, t, cond)
+
+    def predict_guided(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, scale: float) -> Tensor:
+        self._check_null(model)
+        return super().predict_guided(model, x, t, cond, scale)
+
+    def taps(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, paths: Collection[str]) -> dict[str, Tap]:
+        wanted, found = set(paths), {}
+        last = max((int(path.split(".")[1]) for path in wanted), default=-1)
+        with torch.no_grad():
+            h, c = _enter(model, x, t, cond)
+            for layer, block in enumerate(model.blocks[: last + 1]):  # type: ignore[index, arg-type]
+                seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+                h = block(h, c, seen)
+                for attribute, values in seen.items():
+                    if (path := f"blocks.{layer}.{attribute}") in wanted:
+                        found[path] = Tap(*values)
+        return found
+
+    def predict_with_features(
+        self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, layers: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        h, c = _enter(model, x, t, cond)
+        features = {}
+        for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
+            h = block(h, c)
+            if layer in layers:
+                features[layer] = h
+        return model.unpatchify(model.final_layer(h, c)), features  # type: ignore[operator]
+
+    def sample_shape(self, model: nn.Module) -> tuple[int, int, int]:
+        config = _config(model)
+        return config.in_channels, config.input_size, config.input_size
+
+    def num_classes(self, model: nn.Module) -> int | None:
+        return _config(model).num_classes
+
+    def guided_channels(self, model: nn.Module) -> int:
+        """The published DiT guides three channels, whatever their number."""
+        return min(3, _config(model).in_channels)
+
+    def null_condition(self, model: nn.Module, cond: Any) -> Tensor:
+        self._check_null(model)
+        return torch.full_like(cond, _config(model).num_classes)
+
+    def join_conditions(self, first: Any, second: Any) -> Tensor:
+        return torch.cat([first, second])
+
+    def flops_per_image(self, model: nn.Module) -> float:
+        config = _config(model)
+        tokens, width, out = config.num_tokens, config.hidden_size, config.patch_size**2
+        embed = 2.0 * tokens * width * out * config.in_channels
+        conditioning = 2.0 * (256 * width + width * width)
+        head = 2.0 * tokens * width * out * (2 if config.learn_sigma else 1) * config.in_channels + 4.0 * width**2
+        modulation = 12.0 * width**2 * len(model.blocks)  # type: ignore[arg-type]
+        cores = sum(
+            operators.cost_of(site.donor, num_tokens=tokens, dim=width).total for site in self.sites(model)
+        )
+        return embed + conditioning + head + modulation + cores
+
+    def architecture(self, model: nn.Module) -> dict[str, Any]:
+        return {"family": self.name, **_config(model).to_dict()}
+
+    def build(self, architecture: dict[str, Any]) -> DiT:
+        fields = {key: value for key, value in architecture.items() if key != "family"}
+        try:
+            return DiT(DiTConfig(**fields))
+        except TypeError as error:
+            raise CheckpointError(f"not the architecture of a DiT: {error}") from None
+
+    def _check_null(self, model: nn.Module) -> None:
+        if not _config(model).null_class:
+            raise CheckpointError(
+                "this model has no null class, so guidance is undefined for it; sample with guidance 1"
+            )
+
+
+def _config(model: nn.Module) -> DiTConfig:
+    config = model.config
+    assert isinstance(config, DiTConfig)  # owns() holds
+    return config
+
+
+def _enter(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, N, D] and conditioning [B, D] at the entrance of block 0."""
+    return model.x_embedder(x) + model.pos_embed, model.conditioning(t, y)  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""File formats: reading weights safely, graft folders, the published checkpoints, diffusers' layout."""

@@ -1,0 +1,182 @@
+"""A graft on disk: `graft.json` (plan, base, what registers its operators) and `graft.safetensors`.
+
+Only the tensors that differ from the base are stored; where nearly all differ (full finetuning, an import) the graft is
+self-contained and names no base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grafting import operators
+from grafting.errors import CheckpointError, GraftError
+from grafting.families import families, family_of
+from grafting.formats import weights
+from grafting.plan import GraftPlan
+from grafting.surgery import GraftRecord, graft, record_of, set_record
+
+FORMAT, VERSION = "grafting", 1
+MANIFEST, TENSORS = "graft.json", "graft.safetensors"
+SELF_CONTAINED_FROM = 0.9  # share of the base's parameters that differ
+
+
+def save_graft(model: nn.Module, folder: str | Path) -> None:
+    """Save an edited model to `folder`: the plan, the tensors that differ from its base, and the base's name and hash.
+
+    Raises CheckpointError for a model that was not edited, and where the folder can't be written.
+    """
+    folder = Path(folder)
+    record = record_of(model)
+    if record is None:
+        raise CheckpointError("this model has no plan: save_graft saves what graft() or load_graft() returned")
+    state = model.state_dict()
+    now = weights.digests(model)
+    if not now:
+        raise CheckpointError("this model is on the meta device and has no values to save")
+    changed = {name for name, digest in now.items() if record.base_digests.get(name) != digest}
+    shared = {name: state[name].numel() for name in state if name in record.base_digests}
+    total, kept = sum(shared.values()), sum(size for name, size in shared.items() if name not in changed)
+    self_contained = not record.base_digests or kept < (1 - SELF_CONTAINED_FROM) * total
+    tensors = {name: tensor for name, tensor in state.items() if self_contained or name in changed}
+    used = sorted({entry.operator for entry in record.plan.sites.values()})
+    weights.write_safetensors(folder / TENSORS, tensors)
+    weights.write_json(folder / MANIFEST, {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": record.plan.to_dict(),
+        "seed": record.seed,
+        "operators": {name: operators.get(name).package for name in used},
+        "architecture": record.architecture,
+        "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+        "base": None if self_contained else {"source": record.source, "sha256": record.base_hash},
+        "tensors": {"file": TENSORS, "sha256": weights.combined_digest({name: now[name] for name in tensors})},
+    })  # fmt: skip
+
+
+def is_graft_folder(folder: Path) -> bool:
+    """Whether `folder` is what `save_graft` writes."""
+    return (folder / MANIFEST).is_file()
+
+
+def load_graft(
+    folder: str | Path, base: nn.Module | str | None = None, *, device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:  # fmt: skip
+    """The edited model saved in `folder`.
+
+    base: the model that was edited, or where to load it from; default: where it was loaded from at the time. It
+    must be that very model: its hash is compared. A self-contained graft needs none.
+    Raises CheckpointError.
+    """
+    from grafting.loading import load_model
+
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    plan = GraftPlan.from_dict(manifest["plan"], allow_empty=True)
+    for name, package in manifest["operators"].items():
+        operators.get(name, package=package)
+    tensors = weights.read_safetensors(folder / TENSORS)
+    found = weights.combined_digest({name: weights.tensor_digest(tensor) for name, tensor in tensors.items()})
+    if found != manifest["tensors"]["sha256"]:
+        raise CheckpointError(f"{folder / TENSORS} is damaged: its hash is not the one in {MANIFEST}; copy the graft again")
+
+    reference = manifest["base"]
+    if reference is None:
+        skeleton = _build(manifest["architecture"])
+        student, digests, source = _edited(skeleton, plan, manifest), {}, None
+        weights.load_strictly(student, tensors, str(folder))
+    else:
+        if base is None:
+            if not reference["source"]:
+                raise CheckpointError(f"{folder}: the graft does not say where its base came from; give base=")
+            base = reference["source"]
+        if isinstance(base, str):
+            source, base = base, load_model(base, num_heads=manifest["architecture"].get("num_heads"))
+        else:
+            source = reference["source"]
+        digests = weights.digests(base)
+        if weights.combined_digest(digests) != reference["sha256"]:
+            raise CheckpointError(
+                f"{folder}: this graft was made on another base (sha256 {str(reference['sha256'])[:12]}..., "
+                f"source {reference['source']!r}); give that model as base="
+            )
+        student = _edited(base, plan, manifest)
+        weights.load_strictly(student, {**student.state_dict(), **tensors}, str(folder))
+    if len(plan) and record_of(student) is None:
+        raise CheckpointError(f"{folder}: the plan could not be applied")
+    set_record(student, GraftRecord(
+        plan=plan, seed=manifest["seed"], source=source, architecture=manifest["architecture"], base_digests=digests
+    ))  # fmt: skip
+    return student.to(device=device, dtype=dtype) if dtype else student.to(device)
+
+
+def _edited(base: nn.Module, plan: GraftPlan, manifest: dict[str, Any]) -> nn.Module:
+    if not len(plan):
+        return base
+    return graft(base, plan, seed=manifest["seed"])
+
+
+def _build(architecture: dict[str, Any]) -> nn.Module:
+    name = architecture.get("family")
+    family = families().get(name) if isinstance(name, str) else None
+    if family is None:
+        raise CheckpointError(f"unknown model family {name!r}: known are {', '.join(families())}")
+    return family.build(architecture)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{str(folder)!r} is not a graft: it has no {MANIFEST}")
+    manifest = weights.read_json(path, "graft")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
+            f"this version reads format {FORMAT!r} version {VERSION}"
+        )
+    shapes: dict[str, type | tuple[type, ...]] = {
+        "plan": dict, "seed": int, "operators": dict, "architecture": dict, "base": (dict, type(None)), "tensors": dict,
+    }  # fmt: skip
+    for key, kind in shapes.items():
+        if not isinstance(manifest.get(key), kind):
+            raise CheckpointError(f"{path}: key {key!r} is missing or not of the right kind")
+    if not isinstance(manifest["tensors"].get("sha256"), str):
+        raise CheckpointError(f"{path}: key 'tensors' has no hash")
+    base = manifest["base"]
+    if base is not None and not (isinstance(base.get("sha256"), str) and isinstance(base.get("source"), (str, type(None)))):
+        raise CheckpointError(f"{path}: key 'base' needs a hash and a source")
+    if not all(isinstance(v, str) for v in manifest["operators"].values()):
+        raise CheckpointError(f"{path}: key 'operators' maps names to packages")
+    return manifest
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Save an unedited model of our own families: `model.json` (architecture) and `model.safetensors`."""
+    folder = Path(folder)
+    if record_of(model) is not None:
+        raise GraftError("this model was edited: save it with save_graft")
+    state = model.state_dict()
+    weights.write_safetensors(folder / "model.safetensors", state)
+    weights.write_json(folder / "model.json", {
+        "format": FORMAT, "version": VERSION, "architecture": family_of(model).architecture(model),
+    })  # fmt: skip
+
+
+def load_saved_model(folder: Path) -> nn.Module:
+    """The inverse of `save_model`; a position table that is not stored is the fixed one."""
+    manifest = weights.read_json(folder / "model.json", "model")
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("architecture"), dict):
+        raise CheckpointError(f"{folder / 'model.json'} does not describe a model of this package")
+    model = _build(manifest["architecture"])
+    tensors = weights.read_safetensors(folder / "model.safetensors")
+    own = model.state_dict()
+    if "pos_embed" in own:
+        tensors.setdefault("pos_embed", own["pos_embed"])
+    if all(tensor.dtype == torch.float16 for name, tensor in tensors.items() if name != "pos_embed"):
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    weights.load_strictly(model, tensors, str(folder))
+    return model

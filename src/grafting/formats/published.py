@@ -1,0 +1,200 @@
+"""The published checkpoints: `.pt` files in the published DiT's layout, also grafted ones, and back.
+
+A published grafted file stores no plan: it is read off the keys and shapes inside `blocks.<i>.attn` and
+`blocks.<i>.mlp`. The number of heads and a window size are in no shape; they are known or must be given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafting import operators
+from grafting.errors import CheckpointError, GraftError
+from grafting.formats import weights
+from grafting.formats.dit_states import block_numbers, infer_config
+from grafting.models.dit import DiT, DiTConfig
+from grafting.plan import GraftPlan, Replace
+from grafting.surgery import GraftRecord, graft, record_of, set_record
+
+_SEAMS = {"attn": "mha", "mlp": "mlp"}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How to recognise an operator: its parameter names, and its configuration from their shapes."""
+
+    operator: str
+    names: frozenset[str]
+    config: Any  # Callable[[shapes by name, width, window], dict]
+
+
+def _filters(name: str) -> Any:
+    return lambda s, width, window: {"kernel_size": s[name][-1]}
+
+
+def _mamba2(s: Mapping[str, list[int]], width: int, window: int) -> dict[str, Any]:
+    inner, heads = s["norm.weight"][0], s["dt_bias"][0]
+    return {
+        "d_state": (s["conv1d.weight"][0] - inner) // 2,
+        "expand": inner // width,
+        "head_dim": inner // max(1, heads),
+        "kernel_size": s["conv1d.weight"][-1],
+    }
+
+
+def _with_bias(*stems: str) -> frozenset[str]:
+    return frozenset(f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias"))
+
+
+_READINGS = {
+    "mha": (
+        _Reading("mha", _with_bias("qkv", "proj"), lambda s, width, window: {}),
+        _Reading("hyena_se", _with_bias("in_proj", "short_filter", "inner_filter", "out_proj"), _filters("short_filter.weight")),
+        _Reading("hyena_x", _with_bias("in_proj", "short_filter", "out_proj"), _filters("short_filter.weight")),
+        _Reading("hyena_y", _with_bias("in_proj", "inner_filter", "out_proj"), _filters("inner_filter.weight")),
+        _Reading("swa", _with_bias("Wqkv", "out_proj"), lambda s, width, window: {"window": window}),
+        _Reading(
+            "mamba2",
+            frozenset({"dt_bias", "A_log", "D", "conv1d.weight", "conv1d.bias", "in_proj.weight", "norm.weight", "out_proj.weight"}),
+            _mamba2,
+        ),
+    ),
+    "mlp": (
+        _Reading("mlp", _with_bias("fc1", "fc2"), lambda s, width, window: {"ratio": _ratio(s["fc1.weight"][0], width)}),
+        _Reading(
+            "mlp_hyena_x",
+            _with_bias("in_proj", "short_filter", "out_proj"),
+            lambda s, width, window: {
+                "ratio": _ratio(s["out_proj.weight"][1], width), "kernel_size": s["short_filter.weight"][-1],
+            },
+        ),
+    ),
+}  # fmt: skip
+
+
+def _ratio(hidden: int, width: int) -> float:
+    return hidden // width if hidden % width == 0 else hidden / width
+
+
+def read_state(path: str | Path) -> weights.Tensors:
+    """The state dict in a published `.pt` (key `ema`, else `model`, else the file itself)."""
+    path = Path(path)
+    content: Any = weights.read_safetensors(path) if path.suffix == ".safetensors" else weights.read_pickled(path)
+    for key in ("ema", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{str(path)!r} holds no state dict: expected the keys 'ema' or 'model', or bare tensors")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{str(path)!r}: entry {str(name)[:60]!r} is not a tensor; expected a state dict")
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def infer_plan(state: Mapping[str, Tensor], config: DiTConfig, *, window: int = 4, where: str = "checkpoint") -> GraftPlan:
+    """The plan that a published grafted state dict was made with, off its keys and shapes. May be empty."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    readings: dict[tuple[str, str, str], tuple[str, str, dict[str, Any]]] = {}
+    for layer in block_numbers(state):
+        for seam, target in _SEAMS.items():
+            prefix = f"blocks.{layer}.{seam}."
+            shapes = {name[len(prefix):]: list(tensor.shape) for name, tensor in state.items() if name.startswith(prefix)}
+            reading = next((r for r in _READINGS[target] if r.names == frozenset(shapes)), None)
+            if reading is None:
+                raise CheckpointError(f"{where}: {prefix[:-1]}: {_nearest(target, shapes)}")
+            settings = reading.config(shapes, config.hidden_size, window)
+            plain = reading.operator == target and (target == "mha" or settings["ratio"] == config.mlp_ratio)
+            if plain:
+                continue
+            key = (target, reading.operator, repr(sorted(settings.items())))
+            found.setdefault(key, []).append(layer)
+            readings[key] = (target, reading.operator, settings)
+    entries = []
+    for key, layers in found.items():
+        target, operator, settings = readings[key]
+        try:
+            settings = operators.config_of(operator, settings)
+        except GraftError as error:
+            raise CheckpointError(f"{where}: blocks.{layers[0]}: shapes that fit no '{operator}': {error}") from None
+        entries.append(Replace(target, layers, operator, settings, init="random"))
+    return GraftPlan(entries) if entries else GraftPlan.empty()
+
+
+def _nearest(target: str, shapes: Mapping[str, list[int]]) -> str:
+    """What is wrong with the keys of one seam, measured against the operator that shares most of them."""
+    best = max(_READINGS[target], key=lambda r: len(r.names & set(shapes)) - len(r.names ^ set(shapes)))
+    missing, extra = sorted(best.names - set(shapes)), sorted(set(shapes) - best.names)
+    parts = ([f"missing {missing[0]!r}"] if missing else []) + ([f"unexpected {extra[0]!r}"] if extra else [])
+    return f"keys of no known operator (nearest is '{best.operator}': {', '.join(parts)})"
+
+
+def _donor_ratio(state: Mapping[str, Tensor], config: DiTConfig) -> float:
+    """The published DiT has MLP ratio 4; a plain model of another ratio has one ratio throughout."""
+    ratios = {
+        state[name].shape[0] / config.hidden_size
+        for name in (f"blocks.{i}.mlp.fc1.weight" for i in range(config.depth)) if name in state
+    }  # fmt: skip
+    return ratios.pop() if len(ratios) == 1 and 4.0 not in ratios and not _grafted(state) else 4.0
+
+
+def _grafted(state: Mapping[str, Tensor]) -> bool:
+    return any(".attn." in name and ".attn.qkv." not in name and ".attn.proj." not in name for name in state)
+
+
+def load_published(path: str | Path, *, num_heads: int | None = None) -> DiT:
+    """An unedited DiT from a published file. A grafted one is refused and pointed to `graft import`."""
+    where = str(path)
+    state = read_state(path)
+    config = infer_config(state, num_heads=num_heads, where=where)
+    ours = {name for layer in range(config.depth) for seam, parts in (("attn", ("qkv", "proj")), ("mlp", ("fc1", "fc2")))
+            for part in parts for name in (f"blocks.{layer}.{seam}.{part}.weight", f"blocks.{layer}.{seam}.{part}.bias")}  # fmt: skip
+    foreign = [n for n in state if (".attn." in n or ".mlp." in n) and n.startswith("blocks.") and n not in ours]
+    if foreign:
+        raise CheckpointError(
+            f"{where}: holds operators that a DiT does not have (such as {foreign[0]!r}): "
+            "it is a grafted checkpoint; read it with `graft import`"
+        )
+    model = DiT(config)
+    weights.load_strictly(model, _as_float(state), where)
+    return model
+
+
+def import_published(path: str | Path, *, num_heads: int | None = None, window: int = 4) -> nn.Module:
+    """A published grafted checkpoint as an edited model whose plan was read off the file; it has no base."""
+    where = str(path)
+    state = read_state(path)
+    config = infer_config(state, num_heads=num_heads, where=where)
+    config = DiTConfig(**{**config.to_dict(), "mlp_ratio": _donor_ratio(state, config)})
+    plan = infer_plan(state, config, window=window, where=where)
+    skeleton = DiT(config)
+    model: nn.Module = graft(skeleton, plan) if len(plan) else skeleton
+    weights.load_strictly(model, _as_float(state), where)
+    architecture = {"family": "dit", **config.to_dict()}
+    set_record(model, GraftRecord(plan=plan, seed=0, source=None, architecture=architecture, base_digests={}))
+    return model
+
+
+def export_published(model: nn.Module, path: str | Path) -> None:
+    """Write a DiT, edited or not, as a `.pt` of the published form: `model` and `ema` hold its state dict."""
+    if not isinstance(model, DiT):
+        raise CheckpointError(f"only a DiT has a published layout, not {type(model).__name__}")
+    import io
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    record = record_of(model)
+    arguments = argparse.Namespace(plan=record.plan.digest() if record else None)
+    buffer = io.BytesIO()
+    torch.save({"model": state, "ema": state, "args": arguments}, buffer)
+    weights.write_bytes(Path(path), buffer.getvalue())
+
+
+def _as_float(state: Mapping[str, Tensor]) -> weights.Tensors:
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

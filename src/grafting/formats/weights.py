@@ -1,0 +1,148 @@
+"""Tensors in and out of files without executing anything, and their fingerprints."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafting.errors import CheckpointError
+
+Tensors = dict[str, Tensor]
+
+
+def read_pickled(path: Path) -> Any:
+    """The content of a `.pt` file by PyTorch's restricted unpickler, which builds tensors and plain data only.
+
+    `argparse.Namespace` (the published files keep their arguments in one) is admitted: it is inert.
+    Raises CheckpointError for anything else, and for a damaged or empty file.
+    """
+    _check_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        for marker in ("WeightsUnpickler error: ", "Weights only load failed."):
+            if marker in str(error):
+                reason = "it holds objects that are not tensors or plain data, and nothing of it was executed"
+        raise CheckpointError(
+            f"can't read weights from {str(path)!r}: {reason[:200]}; expected a PyTorch checkpoint of plain tensors"
+        ) from None
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """All tensors of a `.safetensors` file. Raises CheckpointError for a missing or damaged one."""
+    from safetensors.torch import load_file
+
+    _check_file(path)
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise CheckpointError(
+            f"can't read weights from {str(path)!r}: {str(error)[:200]}; expected a whole safetensors file"
+        ) from None
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file of ours. Raises CheckpointError."""
+    from grafting.yaml_io import load_json
+
+    data = load_json(path, what, CheckpointError)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{what} {str(path)!r} holds a {type(data).__name__}, expected a JSON object")
+    return data
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors whole or not at all (temporary file, fsync, rename)."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, dict(metadata) if metadata else None))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON whole or not at all, keys in the given order."""
+    write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises CheckpointError where the folder can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(partial, 0o644)
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"can't write {str(path)!r}: {error.strerror or error}") from None
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 (hex) of dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{flat.dtype}{list(flat.shape)}".encode())
+    digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """The digest of every tensor of the state dict; empty on the meta device."""
+    state = model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        return {}
+    return {name: tensor_digest(tensor) for name, tensor in state.items()}
+
+
+def combined_digest(by_name: Mapping[str, str]) -> str:
+    """One SHA-256 (hex) for a whole state dict."""
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(by_name.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError that names the first tensor with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: tensor {name!r} holds values that are not finite")
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a whole state dict; every missing, unexpected or misshapen tensor is an error that names it."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unexpected = [name for name in tensors if name not in own]
+    if missing or unexpected:
+        parts = [f"{len(names)} {what} (first {names[0]!r})" for what, names in
+                 (("missing", missing), ("unexpected", unexpected)) if names]  # fmt: skip
+        raise CheckpointError(f"{where}: the tensors do not fit the model: {', '.join(parts)}")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has shape {list(tensors[name].shape)}, the model needs {list(tensor.shape)}"
+            )
+    check_finite(tensors, where)
+    model.load_state_dict(dict(tensors))
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"no file {str(path)!r}: give the path of a weight file")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"the file {str(path)!r} is empty: it was not copied or written to its end")

@@ -1,0 +1,132 @@
+"""`load_model`: one way in for packaged models, published files, folders, the hub, and bare architectures."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grafting.errors import CheckpointError, GraftError
+from grafting.formats import dit_states, weights
+from grafting.formats.graft_folder import is_graft_folder, load_graft, load_saved_model
+from grafting.formats.published import load_published
+from grafting.models.dit import DiT, named_config
+from grafting.surgery import record_of, set_source
+
+PACKAGED = ("dit-fashion",)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load_model(
+    source: str | Path, *, num_heads: int | None = None, device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:  # fmt: skip
+    """Load a model.
+
+    source: a packaged name (`dit-fashion`); a published `.pt` or bare `.safetensors`; a folder that this package saved
+    (model, graft or run) or in diffusers' DiT layout; a hub id of such; or `arch:DiT-XL/2` for random weights.
+    num_heads: needed for a bare file of a width that no published size has.
+    device: also "meta", for `arch:` only. dtype: default float32, or what a graft was saved in.
+    Raises CheckpointError or GraftError that names the source and what to do.
+    """
+    source = str(source)
+    if num_heads is not None and (isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1):
+        raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number of at least 1")
+    device = _device(device)
+    if source.startswith("arch:"):
+        with torch.device(device):
+            model: nn.Module = DiT(named_config(source.removeprefix("arch:")))
+    elif device.type == "meta":
+        raise GraftError(f"{source!r} has weights; the meta device is for arch:NAME")
+    else:
+        model = _load(source, num_heads)
+    if record_of(model) is None:
+        set_source(model, source if not Path(source).exists() else str(Path(source).resolve()))
+    return model.to(device=device, dtype=dtype) if dtype else model.to(device)
+
+
+def packaged_folder(name: str) -> Path:
+    """Folder of a packaged model."""
+    return Path(str(files("grafting") / "assets" / name))
+
+
+def _load(source: str, num_heads: int | None) -> nn.Module:
+    if source in PACKAGED:
+        return load_saved_model(packaged_folder(source))
+    path = Path(source)
+    if path.is_file():
+        return load_published(path, num_heads=num_heads)
+    if path.is_dir():
+        return _load_folder(path)
+    if _HUB_ID.fullmatch(source) and not path.suffix:
+        return _load_folder(_from_hub(source))
+    raise CheckpointError(
+        f"can't load {source!r}: no such file or folder; expected a packaged name ({', '.join(PACKAGED)}), a .pt file, "
+        "a folder, a hub id such as facebook/DiT-XL-2-256, or arch:DiT-XL/2"
+    )
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    if is_graft_folder(folder):
+        return load_graft(folder)
+    if is_graft_folder(folder / "graft"):
+        return load_graft(folder / "graft")
+    if (folder / "model.json").is_file():
+        return load_saved_model(folder)
+    for candidate in (folder, folder / "transformer"):
+        if (candidate / "config.json").is_file():
+            return _load_diffusers(candidate)
+    raise CheckpointError(
+        f"the folder {str(folder)!r} is no graft, run, saved model, or diffusers model: "
+        "expected graft.json, graft/, model.json, config.json or transformer/config.json in it"
+    )
+
+
+def _load_diffusers(folder: Path) -> DiT:
+    config = weights.read_json(folder / "config.json", "diffusers configuration")
+    name = config.get("_class_name")
+    if name not in ("DiTTransformer2DModel", "Transformer2DModel") or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
+        raise CheckpointError(f"{folder / 'config.json'} describes a {name!r}; expected diffusers' DiTTransformer2DModel")
+    candidates = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    path = next((folder / file for file in candidates if (folder / file).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"the folder {str(folder)!r} holds no weights: expected {' or '.join(candidates)}")
+    state: Any = weights.read_safetensors(path) if path.suffix == ".safetensors" else weights.read_pickled(path)
+    dit, published = dit_states.from_diffusers(state, config)
+    model = DiT(dit)
+    weights.load_strictly(model, {name: tensor.float() for name, tensor in published.items()}, str(folder))
+    return model
+
+
+def save_diffusers(model: nn.Module, folder: str | Path) -> None:
+    """Save an unedited DiT in diffusers' layout; `load_model` reads it back exactly."""
+    if not isinstance(model, DiT) or record_of(model) is not None:
+        raise CheckpointError("only an unedited DiT fits diffusers' DiTTransformer2DModel; use save_graft")
+    folder = Path(folder)
+    weights.write_safetensors(
+        folder / "diffusion_pytorch_model.safetensors", dit_states.to_diffusers(model.state_dict()), {"format": "pt"}
+    )
+    weights.write_json(
+        folder / "config.json", {"_class_name": "DiTTransformer2DModel", **dit_states.diffusers_config(model.config)}
+    )
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"can't get {name!r} from the hub, and there is no such file or folder: {reason[:160]}") from None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise GraftError(f"unknown device {device!r}: expected cpu, cuda, cuda:1, mps or meta") from None

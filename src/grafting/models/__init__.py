@@ -1,0 +1,1 @@
+"""Architectures that this package owns. Models of other libraries are used as they are (see `families`)."""

@@ -1,0 +1,262 @@
+"""Surgery: match a plan against a model, check everything, and only then edit a copy.
+
+The edited model carries a `GraftRecord`, so that it can say what was done to it and be saved as small as possible.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from grafting import draws, operators
+from grafting.errors import GraftError, PlanError
+from grafting.families import Family, Site, family_of
+from grafting.formats.weights import combined_digest, digests
+from grafting.operators import Cost
+from grafting.plan import GraftPlan, Replace
+from grafting.selectors import Locality
+
+_RECORD = "graft_record"
+_SOURCE = "graft_source"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraftRecord:
+    """What was done to a model: the plan with layer numbers, and the base it was done to."""
+
+    plan: GraftPlan
+    seed: int
+    source: str | None  # what load_model was given for the base, if it came from there
+    architecture: dict[str, Any]  # of the base, see Family.build
+    base_digests: dict[str, str] = field(repr=False)  # of the base's tensors; empty on the meta device
+
+    @property
+    def base_hash(self) -> str | None:
+        """SHA-256 of the whole base."""
+        return combined_digest(self.base_digests) if self.base_digests else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One site and what the plan puts there."""
+
+    site: Site
+    entry: Replace
+    before: Cost
+    after: Cost
+
+    @property
+    def old_operator(self) -> str:
+        return operator_name(self.site.donor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What a plan would do to a model, in numbers; nothing was changed to make it."""
+
+    plan: GraftPlan
+    edits: tuple[Edit, ...]
+    num_layers: int
+    params: tuple[int, int]  # of the model before and after
+    flops_per_image: tuple[float, float]  # likewise, 2 per multiply-add
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "plan": self.plan.to_dict(),
+            "num_layers": self.num_layers,
+            "model": {
+                "params": list(self.params),
+                "flops_per_image": list(self.flops_per_image),
+            },
+            "edits": [
+                {
+                    "layer": edit.site.layer,
+                    "target": edit.site.kind,
+                    "path": edit.site.path,
+                    "from": edit.old_operator,
+                    "to": edit.entry.operator,
+                    "config": edit.entry.config.to_dict(),
+                    "init": edit.entry.init,
+                    "params": [edit.before.params, edit.after.params],
+                    "flops": [edit.before.total, edit.after.total],
+                }
+                for edit in self.edits
+            ],
+        }
+
+
+def record_of(model: nn.Module) -> GraftRecord | None:
+    """The record of an edited model, or None for one that was not edited."""
+    record = getattr(model, _RECORD, None)
+    return record if isinstance(record, GraftRecord) else None
+
+
+def set_record(model: nn.Module, record: GraftRecord) -> None:
+    """Attach a record to an edited model (for loaders)."""
+    object.__setattr__(model, _RECORD, record)
+
+
+def source_of(model: nn.Module) -> str | None:
+    """What `load_model` was given for this model."""
+    return getattr(model, _SOURCE, None)
+
+
+def set_source(model: nn.Module, source: str) -> None:
+    """Remember where a model came from (for loaders)."""
+    object.__setattr__(model, _SOURCE, source)
+
+
+def operator_name(module: nn.Module) -> str:
+    """The registered name of an operator, or its class for one that the host brought along."""
+    return getattr(module, "operator_name", None) or type(module).__name__
+
+
+def edited_sites(model: nn.Module) -> dict[str, tuple[Site, Replace]]:
+    """path -> (site, entry) of every operator that a plan put into this model."""
+    record = record_of(model)
+    if record is None:
+        return {}
+    wanted = record.plan.sites
+    sites = family_of(model).sites(model)
+    return {site.path: (site, wanted[site.kind, site.layer]) for site in sites if (site.kind, site.layer) in wanted}
+
+
+def match(model: nn.Module, plan: GraftPlan, locality: Locality | None = None) -> tuple[GraftPlan, tuple[Edit, ...]]:
+    """Resolve and check a plan on an untouched model: the plan with layer numbers, and its edits in block order.
+
+    Raises PlanError or OperatorError that names the layer and the remedy.
+    """
+    if not isinstance(plan, GraftPlan):
+        raise PlanError(f"expected a GraftPlan, got {type(plan).__name__}; make one with GraftPlan([...]) or .load(path)")
+    family = family_of(model)
+    resolved = plan.resolve(family.num_layers(model), locality)
+    if resolved.groups or resolved.pruned:
+        raise PlanError(
+            "this version carries out replace entries only; parallelize and prune are read and checked, not applied yet"
+        )
+    sites = {(site.kind, site.layer): site for site in family.sites(model)}
+    kinds = sorted({kind for kind, _ in sites})
+    earlier = record_of(model)
+    edits = []
+    for number, entry in enumerate(resolved, 1):
+        if not isinstance(entry, Replace):
+            continue
+        where = f"entry {number} ({entry.target} -> {entry.operator})"
+        if entry.target not in kinds:
+            raise PlanError(f"{where}: the family '{family.name}' has no target {entry.target!r}; it has {', '.join(kinds)}")
+        known = operators.get(entry.operator)
+        if entry.target not in known.targets:
+            raise PlanError(
+                f"{where}: operator '{entry.operator}' takes the place of {' or '.join(known.targets)}, "
+                f"not of {entry.target}; change target or operator"
+            )
+        for layer in entry.layers:
+            site = sites[entry.target, layer]
+            if earlier is not None and (entry.target, layer) in earlier.plan.sites:
+                raise PlanError(
+                    f"{where}: {site} was replaced by '{operator_name(site.donor)}' in an earlier graft; "
+                    "edit the base with one plan instead"
+                )
+            edits.append(Edit(
+                site=site, entry=entry, after=_check_operator(site, entry),
+                before=operators.cost_of(site.donor, num_tokens=site.num_tokens, dim=site.width),
+            ))  # fmt: skip
+    return resolved, tuple(sorted(edits, key=lambda edit: (edit.site.layer, edit.site.kind)))
+
+
+def explain(model: nn.Module, plan: GraftPlan, locality: Locality | None = None) -> Explanation:
+    """What `plan` would do to `model`, with parameters and FLOPs before and after; touches nothing."""
+    resolved, edits = match(model, plan, locality)
+    params = sum(p.numel() for p in model.parameters())
+    flops = family_of(model).flops_per_image(model)
+    return Explanation(
+        plan=resolved,
+        edits=edits,
+        num_layers=family_of(model).num_layers(model),
+        params=(params, params + sum(edit.after.params - edit.before.params for edit in edits)),
+        flops_per_image=(flops, flops + sum(edit.after.total - edit.before.total for edit in edits)),
+    )
+
+
+def graft(model: nn.Module, plan: GraftPlan, *, seed: int = 0, locality: Locality | None = None) -> nn.Module:
+    """An edited copy of `model`; `model` itself is untouched, also after an error.
+
+    New operators are drawn from (seed, path of the site) and, with `init: donor`, then take over what the donor's
+    weights can give. No data is needed. Raises PlanError or OperatorError.
+    """
+    resolved, edits = match(model, plan, locality)
+    family = family_of(model)
+    earlier = record_of(model)
+    record = GraftRecord(
+        plan=GraftPlan([*earlier.plan, *resolved]) if earlier else resolved,
+        seed=seed,
+        source=earlier.source if earlier else source_of(model),
+        architecture=family.architecture(model),
+        base_digests=earlier.base_digests if earlier else digests(model),
+    )
+    replacements = {edit.site.path: make_operator(family, edit.site, edit.entry, seed) for edit in edits}
+    student = _copy_with(model, replacements)
+    set_record(student, record)
+    return student
+
+
+def make_operator(family: Family, site: Site, entry: Replace, seed: int, init: str | None = None) -> nn.Module:
+    """The operator of an entry for one site, initialised as the entry (or `init`) says, on the donor's device."""
+    like = next(iter(site.donor.parameters()), torch.empty(0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draws.torch_seed(seed, f"init/{site.path}"))
+        with torch.device("meta" if like.is_meta else "cpu"):
+            operator = _build(site, entry)
+    operator = operator.to(device=like.device, dtype=like.dtype).train(site.donor.training)
+    if (init or entry.init) == "donor" and not like.is_meta:
+        operators.copy_donor(operator, family.donor_weights(site))
+    return operator
+
+
+def _build(site: Site, entry: Replace) -> nn.Module:
+    try:
+        return operators.build(
+            entry.operator,
+            dim=site.width,
+            num_heads=site.num_heads,
+            num_tokens=site.num_tokens,
+            **entry.config.to_dict(),
+        )
+    except GraftError as error:
+        raise type(error)(f"{site}: {error}") from None
+
+
+def _check_operator(site: Site, entry: Replace) -> Cost:
+    """Build the operator without weights, pass tokens through it without arithmetic, and return its cost."""
+    with torch.device("meta"):
+        operator = _build(site, entry)
+        x = torch.empty(1, site.num_tokens, site.width)
+    operator = operator.to("meta")
+    try:
+        shape = list(operator(x).shape)
+    except NotImplementedError:
+        shape = list(x.shape)  # an operation without a meta kernel: the first real pass will tell
+    except GraftError as error:
+        raise type(error)(f"{site}: {error}") from None
+    except Exception as error:
+        raise PlanError(
+            f"{site}: operator '{entry.operator}' fails on tokens of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+        ) from None
+    if shape != list(x.shape):
+        raise PlanError(
+            f"{site}: operator '{entry.operator}' maps {list(x.shape)} to {shape}; it must keep the shape [B, N, D]"
+        )
+    return operators.cost_of(operator, num_tokens=site.num_tokens, dim=site.width)
+
+
+def _copy_with(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+    """A deep copy in which the modules at these paths are new; the replaced ones are not copied."""
+    memo: dict[int, Any] = {}
+    for path, operator in replacements.items():
+        memo[id(model.get_submodule(path))] = operator
+    return copy.deepcopy(model, memo)
