@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ Indices = Sequence[int] | np.ndarray | Tensor
 _CHUNK = 4096
 
 
-@runtime_checkable
 class DataSource(Protocol):
     """What training needs of data: examples by index, and a name and hash that say what they are."""
 

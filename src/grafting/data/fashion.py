@@ -30,6 +30,7 @@ SUBSET_SEED = 0
 SUBSET_PURPOSE = "fashion-10"
 SUBSET_ASSET = "fashion_10.npz"
 _PREFIX = {"train": "train", "test": "t10k"}
+SPLITS = tuple(_PREFIX)
 
 
 def pad_to_32(images: np.ndarray) -> np.ndarray:
@@ -57,7 +58,7 @@ def load_full(folder: str | Path, split: str = "train") -> tuple[np.ndarray, np.
     Raises `DataError` for a missing or damaged file, another image size, or labels outside 0..9.
     """
     if split not in _PREFIX:
-        raise DataError(f"unknown split {split!r} of Fashion-MNIST; use one of: train, test")
+        raise DataError(f"unknown split {split!r} of Fashion-MNIST; use one of: {', '.join(SPLITS)}")
     arrays = []
     for stem in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         name = f"{_PREFIX[split]}-{stem}"

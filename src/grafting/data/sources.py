@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from grafting.data.dataset import ImageLabelDataset
-from grafting.data.fashion import NUM_CLASSES, has_idx_files, load_full, packaged_subset, pad_to_32
+from grafting.data.fashion import NUM_CLASSES, SPLITS, has_idx_files, load_full, packaged_subset, pad_to_32
 from grafting.data.npz import NpzReader
 from grafting.errors import DataError
 
@@ -32,8 +32,11 @@ def load_dataset(source: str | Path) -> ImageLabelDataset:
         images, labels = packaged_subset()
         return _fashion(images, labels, text)
     if text.startswith(_FASHION):
-        folder, _, split = text.removeprefix(_FASHION).partition(":")
-        return _fashion(*load_full(folder, split or "train"), f"fashion-{split or 'train'}")
+        folder, split = text.removeprefix(_FASHION), "train"
+        for ending in SPLITS:
+            if folder.endswith(f":{ending}"):  # a folder's own name may hold colons
+                folder, split = folder.removesuffix(f":{ending}"), ending
+        return _fashion(*load_full(folder, split), f"fashion-{split}")
     path = Path(source)
     if path.is_dir():
         if has_idx_files(path):
