@@ -157,6 +157,11 @@ def assign(module: nn.Module, values: dict[str, Tensor | None]) -> list[str]:
     return list(values)
 
 
+def unit_rows(weight: Tensor) -> Tensor:
+    """[F, D] with every row scaled to norm 1: unit variance in gives unit variance out, roughly."""
+    return weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-6)
+
+
 def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
     """A linear layer initialised as DiT initialises its own: Xavier uniform, bias zero."""
     layer = nn.Linear(in_features, out_features, bias=bias)

@@ -8,10 +8,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from grafting.operators.base import AttentionDonor, Cost, Donor, Operator, assign, linear, num_params
+from grafting.operators.base import (
+    AttentionDonor,
+    Cost,
+    Donor,
+    Operator,
+    assign,
+    linear,
+    num_params,
+    unit_rows,
+)
 from grafting.operators.filters import DepthwiseFilter
 from grafting.operators.registry import register
 
+# Chosen on three layers of a DiT at 64 tokens; 0.1 to 0.5 are within 2 % after 100 steps of distillation.
+GATE_SCALE = 0.25  # standard deviation of a copied gate about 1
+OWN_SHARE = 0.15  # how much of an attention's output a token and its nearest neighbours carry, roughly
 KernelSize = Annotated[int, Field(ge=1)]
 
 
@@ -54,33 +66,33 @@ class Hyena(Operator):
         )
 
     def copy_donor(self, donor: Donor) -> list[str]:
-        """Projections from the attention's."""
-        dim = self.out_proj.out_features
+        """v from V, the gates from Q and K about 1, the readout from O.
+
+        With gates 1 + small, q * k * v is the value path of the attention with a product term to train on.
+        Every second filtered value is a running mean of K tokens, the others are the token itself.
+        """
+        dim, taps = self.out_proj.out_features, self.kernel_size
         if not isinstance(donor, AttentionDonor) or donor.v_weight.shape != (dim, dim):
             return []
-        scale = GATE_SCALE / dim**0.5
-        ones = donor.v_weight.new_ones(dim)
-        zeros = donor.v_weight.new_zeros(dim)
+        ones, zeros = donor.v_weight.new_ones(dim), donor.v_weight.new_zeros(dim)
+        gates = [GATE_SCALE * unit_rows(w) for w in (donor.q_weight, donor.k_weight)]
         v_bias = zeros if donor.v_bias is None else donor.v_bias
-        named = assign(
-            self,
-            {
-                "in_proj.weight": torch.cat([scale * donor.q_weight, scale * donor.k_weight, donor.v_weight]),
-                "in_proj.bias": torch.cat([ones, ones, v_bias]),
-                "out_proj.weight": donor.out_weight,
-                "out_proj.bias": donor.out_bias,
-            },
-        )
-        if self.has_featurizer:
-            self.short_filter.set_identity()
-            named += ["short_filter.weight", "short_filter.bias"]
-        return named
+        values: dict[str, Tensor | None] = {
+            "in_proj.weight": torch.cat([*gates, donor.v_weight]),
+            "in_proj.bias": torch.cat([ones, ones, v_bias]),
+            "out_proj.weight": OWN_SHARE * donor.out_weight,
+            "out_proj.bias": donor.out_bias,
+        }
+        channels = 3 * dim if self.has_featurizer else dim
+        filter_weight = donor.v_weight.new_zeros(channels, 1, taps)
+        filter_weight[..., -1] = 1.0
+        filter_weight[channels - dim :: 2] = 1.0 / taps
+        name = "short_filter" if self.has_featurizer else "inner_filter"
+        values |= {f"{name}.weight": filter_weight, f"{name}.bias": None}
+        return assign(self, values)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"
-
-
-GATE_SCALE = 0.5
 
 
 @register("hyena_se", targets=("mha",), package="grafting")

@@ -14,6 +14,7 @@ from grafting.operators.base import Cost, Donor, MLPDonor, Operator, assign, lin
 from grafting.operators.filters import DepthwiseFilter, causal_channel_filter
 from grafting.operators.registry import register
 
+GELU_SLOPE = 0.2  # the tangent at 0 has 0.28; less is nearer for |u| up to 3
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -27,6 +28,24 @@ def hidden_width(name: str, dim: int, ratio: float) -> int:
             f"the nearest ratio that fits is {max(hidden, 1)}/{dim} = {max(hidden, 1) / dim!r}"
         )
     return hidden
+
+
+def fit_units(donor: MLPDonor, own_weight: Tensor, own_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The donor's hidden units for a width F: input weight [F, D] and bias [F], output weight [D, F].
+
+    If the donor has more, the most useful, by the norm of the input row times that of the output column. If
+    it has fewer, the further units keep `own_weight` [F, D] and `own_bias` [F], with output zero.
+    """
+    width = donor.in_weight.shape[0]
+    use = donor.in_weight.float().norm(dim=1) * donor.out_weight.float().norm(dim=0)
+    units = use.argsort(descending=True)[: min(width, own_weight.shape[0])].sort().values
+    in_weight = own_weight.detach().to(donor.in_weight, copy=True)
+    in_bias = own_bias.detach().to(donor.in_weight, copy=True)
+    out_weight = donor.out_weight.new_zeros(donor.out_weight.shape[0], own_weight.shape[0])
+    in_weight[: len(units)] = donor.in_weight[units]
+    in_bias[: len(units)] = 0.0 if donor.in_bias is None else donor.in_bias[units]
+    out_weight[:, : len(units)] = donor.out_weight[:, units]
+    return in_weight, in_bias, out_weight
 
 
 @register("mlp", targets=("mlp",), package="grafting")
@@ -49,22 +68,10 @@ class MLP(Operator):
         return Cost(operator=4.0 * num_tokens * hidden * dim, featurizer=0.0, params=num_params(self))
 
     def copy_donor(self, donor: Donor) -> list[str]:
-        """The donor's hidden units: all, the most useful ones, or all and some with zero output.
-
-        A unit's use is estimated by the norm of its input row times the norm of its output column.
-        """
+        """The donor's hidden units: all, the most useful ones, or all and some with zero output."""
         if not isinstance(donor, MLPDonor) or donor.in_weight.shape[1] != self.fc1.in_features:
             return []
-        width, kept = donor.in_weight.shape[0], self.fc1.out_features
-        use = donor.in_weight.float().norm(dim=1) * donor.out_weight.float().norm(dim=0)
-        units = use.argsort(descending=True)[: min(width, kept)].sort().values
-        bias = donor.in_weight.new_zeros(width) if donor.in_bias is None else donor.in_bias
-        with torch.no_grad():
-            in_weight, in_bias = self.fc1.weight.detach().clone(), self.fc1.bias.detach().clone()
-            out_weight = torch.zeros_like(self.fc2.weight)
-            in_weight[: len(units)] = donor.in_weight[units].to(in_weight)
-            in_bias[: len(units)] = bias[units].to(in_bias)
-            out_weight[:, : len(units)] = donor.out_weight[:, units].to(out_weight)
+        in_weight, in_bias, out_weight = fit_units(donor, self.fc1.weight, self.fc1.bias)
         return assign(
             self,
             {
@@ -98,7 +105,7 @@ class MLPHyenaX(Operator):
         if num_tokens != self.num_tokens:
             raise OperatorError(
                 f"operator 'mlp_hyena_x' has one filter for each of {self.num_tokens} tokens "
-                f"and got {num_tokens}; build it for that number (num_tokens=) or replace the MLP by 'mlp', which takes any"
+                f"and got {num_tokens}; build it for that number (num_tokens=) or use 'mlp', which takes any"
             )
 
     def mix(self, x: Tensor) -> Tensor:
@@ -114,4 +121,29 @@ class MLPHyenaX(Operator):
             operator=8.0 * num_tokens * hidden * dim + 2.0 * num_tokens * hidden,
             featurizer=0.0,
             params=num_params(self),
+        )
+
+    def copy_donor(self, donor: Donor) -> list[str]:
+        """q from the donor's most useful hidden units, k and v such that q * k * v is near their GELU.
+
+        GELU is u times the normal distribution function of u, and that function near the square of
+        sqrt(1/2) + GELU_SLOPE u: so q = u and k = v = that, with the filter at the identity.
+        """
+        hidden = self.out_proj.in_features
+        if not isinstance(donor, MLPDonor) or donor.in_weight.shape[1] != self.in_proj.in_features:
+            return []
+        weight, bias, out_weight = fit_units(donor, self.in_proj.weight[:hidden], self.in_proj.bias[:hidden])
+        filter_weight = weight.new_zeros(self.short_filter.weight.shape)
+        filter_weight[..., -1] = 1.0
+        gate_weight, gate_bias = GELU_SLOPE * weight, 0.5**0.5 + GELU_SLOPE * bias
+        return assign(
+            self,
+            {
+                "in_proj.weight": torch.cat([weight, gate_weight, gate_weight]),
+                "in_proj.bias": torch.cat([bias, gate_bias, gate_bias]),
+                "short_filter.weight": filter_weight,
+                "short_filter.bias": None,
+                "out_proj.weight": out_weight,
+                "out_proj.bias": donor.out_bias,
+            },
         )

@@ -77,7 +77,8 @@ def ssd(x: Tensor, dt: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, chunk_si
         to_end = torch.exp(total[:, :, -1:] - total)  # [B, c, l, H]
         kept = (x_in * to_end[..., None].to(x.dtype)).permute(0, 1, 3, 4, 2)  # [B, c, H, P, l]
         added = kept @ b[:, :, None]  # [B, c, H, P, S]
-        state = carried_states(total[:, :, -1], added.float()).to(x.dtype)
+        exact = torch.promote_types(added.dtype, torch.float32)
+        state = carried_states(total[:, :, -1], added.to(exact)).to(x.dtype)
         carried = c[:, :, None] @ state.transpose(-1, -2)  # [B, c, H, l, P]
         y = y + carried * torch.exp(total).transpose(2, 3)[..., None].to(x.dtype)
     return y.transpose(2, 3).reshape(batch, chunks * size, heads, width)[:, :num_tokens]
