@@ -137,6 +137,14 @@ def test_takes_any_number_of_tokens(name: str, num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_traces_as_one_graph(name: str) -> None:
+    module = small(name, num_tokens=70)
+    x = torch.randn(2, 70, DIM)
+    traced = torch.export.export(module, (x,)).module()
+    torch.testing.assert_close(traced(x), module(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_samples_do_not_mix(name: str) -> None:
     module = small(name)
     x = torch.randn(3, TOKENS, DIM)
@@ -169,6 +177,8 @@ def test_copies_from_a_donor_and_names_what_it_set(name: str) -> None:
     assert len(set(named)) == len(named)
     assert changed <= set(named) <= set(before)
     assert module(torch.randn(2, TOKENS, DIM)).isfinite().all()
+    with torch.device("meta"):
+        assert operators.copy_donor(small(name), donor) == named
     assert operators.copy_donor(small(name), attention_donor(dim=8)) == []
     assert operators.copy_donor(small(name), mlp_donor(dim=8)) == []
 

@@ -126,7 +126,7 @@ class Mamba2(Operator):
         rows = min(self.d_state, dim)
         use = donor.q_weight.float().norm(dim=1) * donor.k_weight.float().norm(dim=1)
         best = use.argsort(descending=True)[:rows]
-        in_weight = self.in_proj.weight.detach().to(like, copy=True)
+        in_weight = self.in_proj.weight.detach().clone()
         in_weight[: 2 * inner] = torch.cat([0.5 * v, v])
         for start, weight in ((2 * inner, donor.k_weight), (2 * inner + self.d_state, donor.q_weight)):
             in_weight[start : start + rows] = STATE_SCALE * unit_rows(weight[best])

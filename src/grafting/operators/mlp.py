@@ -39,9 +39,9 @@ def fit_units(donor: MLPDonor, own_weight: Tensor, own_bias: Tensor) -> tuple[Te
     width = donor.in_weight.shape[0]
     use = donor.in_weight.float().norm(dim=1) * donor.out_weight.float().norm(dim=0)
     units = use.argsort(descending=True)[: min(width, own_weight.shape[0])].sort().values
-    in_weight = own_weight.detach().to(donor.in_weight, copy=True)
-    in_bias = own_bias.detach().to(donor.in_weight, copy=True)
-    out_weight = donor.out_weight.new_zeros(donor.out_weight.shape[0], own_weight.shape[0])
+    in_weight = own_weight.detach().clone()
+    in_bias = own_bias.detach().clone()
+    out_weight = own_weight.new_zeros(donor.out_weight.shape[0], own_weight.shape[0])
     in_weight[: len(units)] = donor.in_weight[units]
     in_bias[: len(units)] = 0.0 if donor.in_bias is None else donor.in_bias[units]
     out_weight[:, : len(units)] = donor.out_weight[:, units]
