@@ -25,11 +25,14 @@ from grafting.formats.graft_folder import load_graft, save_graft, save_model
 from grafting.loading import load_model
 from grafting.plan import GraftPlan, Parallelize, Prune, Replace
 from grafting.surgery import explain, graft
+from grafting.training.config import DistillConfig, FinetuneConfig
+from grafting.training.distillation import distill
+from grafting.training.finetuning import finetune
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CheckpointError", "DataError", "DivergedError", "GraftError", "GraftPlan", "OperatorError", "Parallelize",
-    "PlanError", "Prune", "Replace", "RunError", "diffusion", "explain", "graft", "load_graft", "load_model",
+    "CheckpointError", "DataError", "DistillConfig", "DivergedError", "FinetuneConfig", "GraftError", "GraftPlan", "OperatorError", "Parallelize",
+    "PlanError", "Prune", "Replace", "RunError", "diffusion", "distill", "explain", "finetune", "graft", "load_graft", "load_model",
     "operators", "save_graft", "save_model",
 ]  # fmt: skip

@@ -130,3 +130,14 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError):
         raise GraftError(f"unknown device {device!r}: expected cpu, cuda, cuda:1, mps or meta") from None
+
+
+def pretraining_visits(model: nn.Module) -> float | None:
+    """How many images the base of `model` saw in its pretraining, where that is known: 3 FLOPs passes each."""
+    from grafting.surgery import source_of
+
+    source = source_of(model)
+    if source in PACKAGED:
+        manifest = weights.read_json(packaged_folder(source) / "model.json", "model")
+        return float(manifest.get("pretraining", {}).get("image_visits", 0)) or None
+    return None

@@ -40,6 +40,8 @@ class DataSource(Protocol):
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]: ...
 
+    def split(self, num_validation: int, seed: int = 0) -> tuple[DataSource, DataSource]: ...
+
 
 class ImageLabelDataset:
     """Images or latents x [N, C, H, W] with labels y [N], in memory.

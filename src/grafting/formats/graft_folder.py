@@ -1,4 +1,4 @@
-"""A graft on disk: `graft.json` (plan, base, what registers its operators) and `graft.safetensors`.
+"""A graft on disk: `graft.json` (plan, base, what registers its operators) and `graft-<hash>.safetensors`.
 
 Only the tensors that differ from the base are stored; where nearly all differ (full finetuning, an import) the graft is
 self-contained and names no base.
@@ -20,7 +20,7 @@ from grafting.plan import GraftPlan
 from grafting.surgery import GraftRecord, graft, record_of, set_record
 
 FORMAT, VERSION = "grafting", 1
-MANIFEST, TENSORS = "graft.json", "graft.safetensors"
+MANIFEST = "graft.json"
 SELF_CONTAINED_FROM = 0.9  # share of the base's parameters that differ
 
 
@@ -43,7 +43,9 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
     self_contained = not record.base_digests or kept < (1 - SELF_CONTAINED_FROM) * total
     tensors = {name: tensor for name, tensor in state.items() if self_contained or name in changed}
     used = sorted({entry.operator for entry in record.plan.sites.values()})
-    weights.write_safetensors(folder / TENSORS, tensors)
+    sha256 = weights.combined_digest({name: now[name] for name in tensors})
+    file = f"graft-{sha256[:12]}.safetensors"  # named by content: the manifest never points at other tensors
+    weights.write_safetensors(folder / file, tensors)
     weights.write_json(folder / MANIFEST, {
         "format": FORMAT,
         "version": VERSION,
@@ -53,8 +55,11 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
         "architecture": record.architecture,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
         "base": None if self_contained else {"source": record.source, "sha256": record.base_hash},
-        "tensors": {"file": TENSORS, "sha256": weights.combined_digest({name: now[name] for name in tensors})},
+        "tensors": {"file": file, "sha256": sha256},
     })  # fmt: skip
+    for stale in folder.glob("graft-*.safetensors"):
+        if stale.name != file:
+            stale.unlink(missing_ok=True)
 
 
 def is_graft_folder(folder: Path) -> bool:
@@ -79,10 +84,11 @@ def load_graft(
     plan = GraftPlan.from_dict(manifest["plan"], allow_empty=True)
     for name, package in manifest["operators"].items():
         operators.get(name, package=package)
-    tensors = weights.read_safetensors(folder / TENSORS)
+    file = folder / f"graft-{manifest['tensors']['sha256'][:12]}.safetensors"
+    tensors = weights.read_safetensors(file)
     found = weights.combined_digest({name: weights.tensor_digest(tensor) for name, tensor in tensors.items()})
     if found != manifest["tensors"]["sha256"]:
-        raise CheckpointError(f"{folder / TENSORS} is damaged: its hash is not the one in {MANIFEST}; copy the graft again")
+        raise CheckpointError(f"{file} is damaged: its hash is not the one in {MANIFEST}; copy the graft again")
 
     reference = manifest["base"]
     if reference is None:

@@ -1,0 +1,109 @@
+"""Samples of a model as a `.npz` with its protocol, and a PNG grid.
+
+Noise and label of image i are functions of (seed, i): another batch size changes an image by rounding only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from grafting import draws
+from grafting.diffusion import sample
+from grafting.errors import GraftError
+from grafting.evaluation import SampleWriter
+from grafting.families import family_of
+from grafting.families.codec import decoder
+from grafting.training.compute import make_compute
+
+Progress = Callable[[int, int], None]
+
+
+def generate(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    num: int,
+    steps: int = 50,
+    sampler: str = "ddim",
+    guidance: float = 1.5,
+    seed: int = 0,
+    batch_size: int = 100,
+    precision: str = "fp32",
+    vae: str | None = None,
+    describe: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Draw `num` images of a class-conditional model and write them to `path` (.npz), with `<path>.png` beside it.
+
+    The label of image i is i modulo the number of classes. `describe` is added to the protocol (model, plan).
+    Raises GraftError.
+    """
+    path = Path(path)
+    if num < 1 or batch_size < 1:
+        raise GraftError(f"num={num}, batch_size={batch_size}: both are at least 1")
+    if path.suffix != ".npz":
+        raise GraftError(f"{str(path)!r}: samples go into an .npz file")
+    if not math.isfinite(guidance) or guidance < 0:
+        raise GraftError(f"guidance={guidance}: expected a finite number of at least 0; 1 means none")
+    family = family_of(model)
+    classes = family.num_classes(model)
+    if classes is None:
+        raise GraftError("this model is not class-conditional: sample it through its pipeline")
+    device = next(model.parameters()).device
+    compute = make_compute(device, precision)
+    decode = decoder(model, vae, device)
+    shape = family.sample_shape(model)
+    labels = np.arange(num) % classes
+    protocol = {
+        "num_samples": num, "steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed,
+        "labels": f"i mod {classes}", "precision": compute.precision, **(describe or {}),
+    }  # fmt: skip
+    model.eval()
+    writer, first = None, []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for index in torch.arange(num).split(batch_size):
+            index = index.to(device)
+            noise = draws.normal(seed, "sample/start", index, shape)
+            with compute.autocast():
+                x0 = sample(
+                    model, noise, (index % classes), steps=steps, sampler=sampler, guidance=guidance,
+                    step_noise=lambda step, i=index: draws.normal(seed, f"sample/step{step}", i, shape),  # type: ignore[misc]
+                )  # fmt: skip
+            images = decode(x0)
+            if writer is None:
+                writer = SampleWriter(path, num, images.shape[1:], labels, protocol)
+                writer.__enter__()
+            writer.append(images)
+            if len(first) * batch_size < 100:
+                first.append(images)
+            if progress:
+                progress(int(index[-1]) + 1, num)
+    except BaseException as error:
+        if writer is not None:
+            writer.__exit__(type(error), error, error.__traceback__)
+        raise
+    assert writer is not None  # num >= 1
+    writer.__exit__(None, None, None)
+    save_grid(np.concatenate(first)[: min(num, 10 * classes, 100)], path.with_suffix(".png"), columns=min(10, classes))
+    return path
+
+
+def save_grid(images: np.ndarray, path: Path, columns: int = 10) -> None:
+    """uint8 images [N, H, W, C] side by side as a PNG."""
+    from PIL import Image
+
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, channels), 255, dtype=np.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * (height + 2), number % columns * (width + 2)
+        sheet[top : top + height, left : left + width] = image
+    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)

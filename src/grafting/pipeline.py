@@ -1,0 +1,186 @@
+"""`graft run`: load, graft, distill, finetune, sample, evaluate, report, each stage recorded in the run folder.
+
+Nothing flows backwards: a stage reads what the one before left, so that a run that was stopped goes on, and any
+stage can be run alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grafting.console import Console
+from grafting.data import DataSource, load_dataset
+from grafting.errors import RunError
+from grafting.evaluation import compare, evaluate
+from grafting.families import family_of
+from grafting.formats import weights
+from grafting.formats.graft_folder import is_graft_folder
+from grafting.generation import generate
+from grafting.loading import load_model, pretraining_visits
+from grafting.recipes import Recipe
+from grafting.runs import RunFolder
+from grafting.surgery import explain, graft
+from grafting.training.config import DistillConfig, FinetuneConfig
+from grafting.training.distillation import distill
+from grafting.training.finetuning import finetune
+
+STAGES = ("graft", "distill", "finetune", "sample", "evaluate")
+
+
+@dataclass
+class Pipeline:
+    """The stages of one recipe in one run folder, each run at most once."""
+
+    recipe: Recipe
+    run: RunFolder
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    _teacher: nn.Module | None = None
+    _data: DataSource | None = None
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The recipe's model, loaded once."""
+        if self._teacher is None:
+            self._teacher = load_model(
+                self.recipe.model, num_heads=self.recipe.num_heads, device=self.device, dtype=self.dtype
+            )
+        return self._teacher
+
+    @property
+    def data(self) -> DataSource:
+        """The recipe's data, or its stratified fraction."""
+        if self._data is None:
+            data = load_dataset(self.recipe.data)
+            self._data = data.subset(self.recipe.fraction, self.recipe.seed) if self.recipe.fraction < 1 else data
+        return self._data
+
+    def check(self) -> None:
+        """Everything that can be refused before any work: plan against model, data against model."""
+        explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
+        if self.recipe.distill is not None or self.recipe.finetune is not None:
+            from grafting.training.loop import Batches
+
+            Batches(
+                self.data, family_of(self.teacher), self.teacher, seed=0, purpose="check",
+                label_dropout=0.0, device=torch.device(self.device),
+            )  # fmt: skip
+
+    def graft(self) -> nn.Module:
+        """Apply the plan and write plan.yaml and graft/."""
+        student = graft(self.teacher, self.recipe.graft_plan, seed=self.recipe.seed, locality=self.recipe.locality)
+        explanation = explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
+        explanation.plan.save(self.run.path / "plan.yaml")
+        self.run.save_student(student)
+        self.run.finish("graft", explanation.to_dict())
+        return student
+
+    def student(self) -> nn.Module:
+        """The student as the last finished stage left it."""
+        if self.run.result("graft") is None:
+            return self.graft()
+        return self.run.load_student(self.teacher).to(self.device)
+
+    def distill(self) -> dict[str, Any]:
+        """Stage 1."""
+        config = _seeded(self.recipe.distill or DistillConfig(), self.recipe.seed)
+        return self._train("distill", lambda student: distill(student, self.teacher, self.data, config, journal=self.run))
+
+    def finetune(self) -> dict[str, Any]:
+        """Stage 2."""
+        config = _seeded(self.recipe.finetune or FinetuneConfig(), self.recipe.seed)
+        return self._train("finetune", lambda student: finetune(student, self.data, config, self.teacher, journal=self.run))
+
+    def _train(self, stage: str, work: Any) -> dict[str, Any]:
+        student = self.student()
+        with self.run.stoppable():
+            result = work(student).to_dict()
+        result |= self._share_of_pretraining(result["flops"])
+        self.run.save_student(student)
+        self.run.finish(stage, result)
+        return result
+
+    def _share_of_pretraining(self, flops: float) -> dict[str, Any]:
+        visits = self.recipe.pretraining.image_visits if self.recipe.pretraining else pretraining_visits(self.teacher)
+        if not visits:
+            return {}
+        total = 3 * visits * family_of(self.teacher).flops_per_image(self.teacher)
+        return {"pretraining_flops": total, "share_of_pretraining": flops / total}
+
+    def sample(self) -> dict[str, Any]:
+        """The same noise and labels through teacher and student."""
+        config = self.recipe.sample
+        seconds = {}
+        models = {"teacher": self.teacher, "student": self.student()}
+        for who, model in models.items():
+            started = time.perf_counter()
+            generate(
+                model, self.run.path / "samples" / f"{who}.npz", seed=self.recipe.seed, **config.model_dump(),
+                describe={"model": who},
+                progress=lambda done, total, who=who: self.run.progress(f"sample {who}", done, total, "images"),  # type: ignore[misc]
+            )  # fmt: skip
+            seconds[who] = time.perf_counter() - started
+        result = {"seconds": seconds, **config.model_dump(mode="json")}
+        self.run.finish("sample", result)
+        return result
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure both sample files and compare them; writes evaluation.json."""
+        config = self.recipe.evaluate
+        if config is None:
+            raise RunError("this recipe has no evaluate settings")
+        found: dict[str, Any] = {}
+        for who in ("teacher", "student"):
+            self.run.console.say(f"evaluating {who}")
+            found[who] = evaluate(
+                self.run.path / "samples" / f"{who}.npz", config.reference, config.features, device=self.device
+            )
+        found["comparison"] = compare(found["teacher"], found["student"])
+        weights.write_json(self.run.path / "evaluation.json", found)
+        self.run.finish("evaluate", found["comparison"])
+        return found
+
+    def report(self) -> Path:
+        """Write report.html from what the run folder holds."""
+        from grafting.report import write_report
+
+        return write_report(self.run.path)
+
+    def all(self) -> Path:
+        """Every stage of the recipe that is not done yet, then the report."""
+        self.check()
+        wanted = {
+            "graft": True, "distill": self.recipe.distill is not None, "finetune": self.recipe.finetune is not None,
+            "sample": True, "evaluate": self.recipe.evaluate is not None,
+        }  # fmt: skip
+        for stage in STAGES:
+            if wanted[stage] and self.run.result(stage) is None:
+                self.run.console.say(f"[{stage}]")
+                getattr(self, stage)()
+        return self.report()
+
+
+def open_pipeline(path: str | Path, console: Console, device: str = "cpu") -> Pipeline:
+    """The pipeline of an existing run folder."""
+    run = RunFolder.open(path, console)
+    return Pipeline(Recipe.model_validate(run.recipe()), run, device)
+
+
+def _seeded(config: Any, seed: int) -> Any:
+    """The recipe's seed is the stages' seed unless they say another."""
+    return config if "seed" in config.model_fields_set and config.seed else config.model_copy(update={"seed": seed})
+
+
+def describe_recipe(recipe: Recipe) -> Mapping[str, Any]:
+    """The resolved recipe, for --dry-run."""
+    return recipe.to_dict()
+
+
+__all__ = ["STAGES", "Pipeline", "describe_recipe", "is_graft_folder", "open_pipeline"]

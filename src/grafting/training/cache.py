@@ -1,0 +1,82 @@
+"""Stage 1 the published way, for comparison: teacher activations stored once on disk, then read in every epoch."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grafting import draws
+from grafting.errors import RunError
+from grafting.families import Tap
+
+if TYPE_CHECKING:
+    from grafting.training.distillation import _Stage
+
+
+class ActivationCache:
+    """Inputs, outputs and gates of the sites for a fixed set of noised samples, float16, memory-mapped in a folder.
+
+    The folder is removed with the object. Per sample and site: 2 N D + D values of two bytes.
+    """
+
+    def __init__(self, folder: Path, arrays: dict[str, tuple[np.memmap, np.memmap, np.memmap]], size: int, stage: _Stage):
+        self.folder, self.arrays, self.size = folder, arrays, size
+        self.seed, self.device = stage.config.seed, stage.compute.device
+        self.bytes = sum(array.nbytes for triple in arrays.values() for array in triple)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    @classmethod
+    def collect(cls, stage: _Stage, paths: list[str]) -> ActivationCache:
+        """One teacher pass over `cache_samples` noised samples. Raises RunError if it would not fit the limit."""
+        config = stage.config
+        size = min(config.cache_samples, config.steps * config.batch_size)
+        sites = {pupil.path: pupil.site for pupil in stage.pupils}
+        per_sample = sum((2 * sites[path].num_tokens + 1) * sites[path].width * 2 for path in paths)
+        needed, free = per_sample * size, shutil.disk_usage(tempfile.gettempdir()).free
+        limit = min(config.cache_limit_gb * 1e9, 0.9 * free)
+        if needed > limit:
+            raise RunError(
+                f"mode cached needs {needed / 1e9:.1f} GB on disk for {size} samples at {len(paths)} sites, the limit is "
+                f"{limit / 1e9:.1f} GB; lower cache_samples, raise cache_limit_gb, or use mode one-pass, which stores nothing"
+            )
+        folder = Path(tempfile.mkdtemp(prefix="grafting-cache-"))
+        arrays = {}
+        for number, path in enumerate(paths):
+            tokens, width = sites[path].num_tokens, sites[path].width
+            shapes = ((size, tokens, width), (size, tokens, width), (size, 1, width))
+            triple = [
+                np.lib.format.open_memmap(folder / f"{number}-{kind}.npy", mode="w+", dtype=np.float16, shape=shape)
+                for kind, shape in zip(("input", "output", "gate"), shapes, strict=True)
+            ]
+            arrays[path] = (triple[0], triple[1], triple[2])
+        cache = cls(folder, arrays, size, stage)
+        for rows in torch.arange(size).split(config.batch_size):
+            taps = stage.taps(stage.batches.at(rows), paths)
+            for path, tap in taps.items():
+                gate = tap.gate if tap.gate is not None else torch.ones_like(tap.output[:, :1])
+                for array, values in zip(arrays[path], (tap.input, tap.output, gate), strict=True):
+                    array[rows[0] : rows[-1] + 1] = values.half().cpu().numpy()
+        return cache
+
+    def at(self, index: Tensor, paths: list[str]) -> dict[str, Tap]:
+        """The taps of a batch of global sample numbers; every epoch visits the stored samples in a new order."""
+        rows = torch.empty_like(index)
+        for epoch in (index // self.size).unique().tolist():
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, draws.permutation(self.seed, "distill/cache", epoch, self.size)
+            chosen = index // self.size == epoch
+            rows[chosen] = self._order[index[chosen] % self.size]
+        picked = rows.numpy()
+        return {
+            path: Tap(*(torch.from_numpy(array[picked]).to(self.device).float() for array in self.arrays[path]))
+            for path in paths
+        }
+
+    def __del__(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

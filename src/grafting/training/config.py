@@ -1,0 +1,101 @@
+"""Settings of the two stages. Immutable, validated; a mapping with the same keys is accepted wherever one is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from grafting.errors import RunError
+from grafting.selectors import closest
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10**9, strict=True)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Optimization(Settings):
+    """What both stages share: AdamW, a learning-rate schedule, clipping, precision, checkpoints."""
+
+    steps: Count = 250
+    batch_size: Count = 64
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    lr: Positive = 1e-3
+    schedule: Literal["cosine", "constant", "halving"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 20
+    halve_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5, 0.75)  # fractions of the run
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Positive = 10.0
+    label_dropout: Fraction = 0.1
+    precision: Precision = "auto"
+    num_validation: Annotated[int, Field(ge=0)] = 256
+    validate_every: Count = 50
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+    log_every: Count = 10
+
+
+class DistillConfig(Optimization):
+    """Stage 1. Losses of the plan's entries win over `losses`, which is per target."""
+
+    losses: dict[str, Literal["l1", "l2", "huber"]] = {"mha": "l1", "mlp": "l2"}
+    mode: Literal["one-pass", "cached"] = "one-pass"
+    fit_readout: bool = True
+    fit_samples: Count = 256
+    fit_ridge: Positive = 1e-4
+    keep_best: bool = True
+    early_stop: Annotated[int, Field(ge=0)] = 4  # validations without progress after which an operator rests; 0: never
+    early_stop_tolerance: Fraction = 1e-3
+    cache_samples: Count = 8000  # mode cached: how many stored activations
+    cache_limit_gb: Positive = 50.0  # mode cached: refuse to fill more disk than this
+
+
+class FinetuneConfig(Optimization):
+    """Stage 2. `objectives` are weights of diffusion (the DiT loss), output and features (match the teacher)."""
+
+    steps: Count = 350
+    lr: Positive = 5e-4
+    objectives: dict[Literal["diffusion", "output", "features"], Annotated[float, Field(ge=0)]] = {"diffusion": 1.0}
+    train: Literal["all", "blocks", "operators"] = "all"
+    ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
+    ema_decay: Fraction | None = None  # a fixed decay instead, such as the paper's 0.9999
+    feature_outliers: Fraction = 1e-3  # share of the largest teacher activations that `features` leaves out
+    max_bad_steps: Annotated[int, Field(ge=0)] = 10  # steps in a row with non-finite gradients that are skipped
+
+    @model_validator(mode="after")
+    def _some_objective(self) -> FinetuneConfig:
+        if not any(weight > 0 for weight in self.objectives.values()):
+            raise ValueError("objectives: give at least one of diffusion, output, features a weight above 0")
+        return self
+
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def settings(kind: type[Kind], given: Kind | Mapping[str, Any] | None, where: str) -> Kind:
+    """Validate settings given as an object or a mapping. Raises RunError in one line, with close matches."""
+    if isinstance(given, kind):
+        return given
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise RunError(f"{where}: expected a mapping of settings, got {type(given).__name__}")
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"]) or where
+        if problem["type"] == "extra_forbidden":
+            known = list(kind.model_fields)
+            hint = closest(key.split(".")[-1], known)
+            raise RunError(f"{where}: unknown key {key!r}{hint}; known: {', '.join(known)}") from None
+        raise RunError(f"{where}: {key}={str(problem['input'])[:80]!r}: {problem['msg']}") from None

@@ -1,0 +1,348 @@
+"""Stage 1, activation distillation: each new operator learns the donor's outputs on the donor's own inputs.
+
+arXiv 2506.05340, section 3: E[L(g(x), f(x))]. All operators learn in one pass: one forward of the frozen teacher
+gives the taps of all sites; each student operator in turn does its forward, loss and backward, so that one
+operator's graph is alive at a time; then one optimizer step for all.
+Axes: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grafting import operators
+from grafting.data import DataSource
+from grafting.errors import DivergedError, PlanError
+from grafting.families import Family, Site, Tap
+from grafting.plan import Replace
+from grafting.surgery import edited_sites, make_operator, record_of
+from grafting.training.cache import ActivationCache
+from grafting.training.compute import Compute, make_compute
+from grafting.training.config import DistillConfig, settings
+from grafting.training.initialization import fit_readout, relative_error
+from grafting.training.loop import (
+    Batch,
+    Batches,
+    Clock,
+    Interrupted,
+    Journal,
+    Quiet,
+    family_and_model,
+    held_out,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    split,
+    step_index,
+)
+
+STAGE = "distill"
+_LOSSES = {
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+    "huber": lambda output, target: F.huber_loss(output, target, delta=1.0),
+}
+
+
+@dataclass
+class DistillResult:
+    """What stage 1 did. Errors are relative (mean |student - teacher| / mean |teacher|), per site, held out."""
+
+    start_error: dict[str, dict[str, float]]  # random, copied, fitted -> path -> error at step 0
+    final_error: dict[str, float]
+    best_step: dict[str, int]
+    steps: int
+    image_visits: int
+    flops: float
+    seconds: float
+    rested: dict[str, int] = field(default_factory=dict)  # path -> step at which it stopped early
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return dict(vars(self))
+
+
+@dataclass
+class _Pupil:
+    """One operator in training and its bookkeeping."""
+
+    path: str
+    site: Site
+    operator: nn.Module
+    loss: str
+    scaled: bool
+    parameters: list[nn.Parameter]
+    best: float = float("inf")
+    best_step: int = 0
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    stale: int = 0
+    rested_at: int | None = None
+
+    def loss_on(self, tap: Tap) -> Tensor:
+        """The regression loss of this operator on one tap; with `scaled`, both sides carry the block's gate."""
+        output, target = self.operator(tap.input), tap.output
+        if self.scaled and tap.gate is not None:
+            output, target = output * tap.gate, target * tap.gate
+        return _LOSSES[self.loss](output.float(), target.float())
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: DataSource,
+    config: DistillConfig | Mapping[str, Any] | None = None,
+    *,
+    journal: Journal | None = None,
+) -> DistillResult:
+    """Train the operators that a plan put into `student` to do what `teacher`'s do, in place.
+
+    data: clean samples and labels (`grafting.data.load_dataset`). config: `DistillConfig` or its keys.
+    journal: a run folder that logs, checkpoints and resumes; default: nothing is kept.
+    Raises PlanError (the student has no plan), DataError, DivergedError (non-finite loss).
+    """
+    config = settings(DistillConfig, config, "distill")
+    journal = journal or Quiet()
+    family = family_and_model(student, teacher)
+    compute = make_compute(next(student.parameters()).device, config.precision)
+    teacher = teacher.to(compute.device).eval()
+    student.to(compute.device)
+    stage = _Stage(family, student, teacher, data, config, compute, journal)
+    return stage.run()
+
+
+class _Stage:
+    def __init__(
+        self, family: Family, student: nn.Module, teacher: nn.Module, data: DataSource, config: DistillConfig,
+        compute: Compute, journal: Journal,
+    ) -> None:  # fmt: skip
+        self.family, self.student, self.teacher = family, student, teacher
+        self.config, self.compute, self.journal = config, compute, journal
+        sites = edited_sites(student)
+        if not sites:
+            raise PlanError("this model has no replaced operators: distill trains what graft() put in")
+        self.sites = sites
+        self.pupils = [
+            _Pupil(path=path, site=site, operator=site.donor, loss=self._loss_of(entry), scaled=entry.scale_by_gate,
+                   parameters=[p for p in site.donor.parameters() if p.requires_grad])
+            for path, (site, entry) in sites.items() if entry.train
+        ]  # fmt: skip
+        train, validation = split(data, config.num_validation, config.seed)
+        self.batches = Batches(
+            train, family, teacher, seed=config.seed, purpose=STAGE,
+            label_dropout=config.label_dropout, device=compute.device,
+        )  # fmt: skip
+        self.validation = held_out(self.batches, validation, config.batch_size) if validation is not None else []
+
+    def _loss_of(self, entry: Replace) -> str:
+        if entry.loss == "auto":
+            raise PlanError("loss: auto needs an activations file; choose l1, l2 or huber")
+        return entry.loss or self.config.losses.get(entry.target, "l1")
+
+    def run(self) -> DistillResult:
+        config, pupils = self.config, self.pupils
+        state = self.journal.load_checkpoint(STAGE)
+        optimizer = make_optimizer([pupil.parameters for pupil in pupils if pupil.parameters], config)
+        if state is None:
+            start_error = self._start()
+            first, seconds = 0, 0.0
+        else:
+            start_error, first, seconds = self._restore(state, optimizer)
+        cache = None
+        if config.mode == "cached":
+            cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
+        clock = Clock(first, config.steps)
+        losses: dict[str, list[Tensor]] = {}
+
+        for step in range(first, config.steps):
+            if (code := self.journal.stop_requested()) is not None:
+                self._checkpoint(step, optimizer, start_error, seconds + clock.seconds)
+                raise Interrupted(code, step)
+            active = [pupil for pupil in pupils if pupil.rested_at is None]
+            if not active:
+                break
+            set_learning_rate(optimizer, learning_rate(config, step))
+            for path, loss in self._update(step, active, optimizer, cache).items():
+                losses.setdefault(path, []).append(loss)
+            done = step + 1
+            if done % config.log_every == 0 or done % config.checkpoint_every == 0 or done == config.steps:
+                self._log(done, losses, clock)
+                losses = {}
+            if done % config.validate_every == 0 or done == config.steps:
+                self._validate(done)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                self._checkpoint(done, optimizer, start_error, seconds + clock.seconds)
+
+        if config.keep_best and self.validation:
+            for pupil in pupils:
+                if pupil.best_state:
+                    pupil.operator.load_state_dict(pupil.best_state)
+        visits = config.steps * config.batch_size
+        return DistillResult(
+            start_error=start_error,
+            final_error=self.errors(),
+            best_step={pupil.path: pupil.best_step for pupil in pupils},
+            steps=config.steps,
+            image_visits=visits,
+            flops=self._flops(visits),
+            seconds=seconds + clock.seconds,
+            rested={pupil.path: pupil.rested_at for pupil in pupils if pupil.rested_at is not None},
+        )
+
+    def taps(self, batch: Batch, paths: list[str]) -> dict[str, Tap]:
+        """The teacher's taps on one batch."""
+        with self.compute.autocast():
+            return self.family.taps(self.teacher, batch.x_t, batch.t, batch.cond, paths)
+
+    def _update(
+        self, step: int, active: list[_Pupil], optimizer: torch.optim.Optimizer, cache: ActivationCache | None
+    ) -> dict[str, Tensor]:
+        """One optimizer step of all operators that still learn; their losses."""
+        config, compute = self.config, self.compute
+        index = step_index(step, config.batch_size)
+        share = compute.share(index)
+        if cache is None:
+            taps = self.taps(self.batches.at(share), [pupil.path for pupil in active])
+        else:
+            taps = cache.at(share, [pupil.path for pupil in active])
+        found = {}
+        for pupil in active:
+            with compute.autocast():
+                loss = pupil.loss_on(taps.pop(pupil.path))
+            (loss * (len(share) / len(index))).backward()
+            found[pupil.path] = loss.detach()
+        for pupil in active:
+            compute.sum_gradients(pupil.parameters)
+            nn.utils.clip_grad_norm_(pupil.parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return found
+
+    def _log(self, step: int, losses: dict[str, list[Tensor]], clock: Clock) -> None:
+        means = {path: torch.stack(values).mean().item() for path, values in losses.items()}
+        lr = learning_rate(self.config, step - 1)
+        self.journal.log({"stage": STAGE, "step": step, "lr": lr, "loss": means})
+        bad = [path for path, value in means.items() if value != value or value in (float("inf"), float("-inf"))]
+        if bad:
+            raise DivergedError(
+                f"stage 1 diverged: the loss of {bad[0]} is not finite at step {step}; the last good checkpoint is kept; "
+                f"lower lr (now {self.config.lr:g}) or use precision fp32"
+            )
+        mean = sum(means.values()) / max(1, len(means))
+        self.journal.progress(STAGE, step, self.config.steps, f"loss {mean:.4f}, {len(means)} operators, ETA {clock.eta(step)}")
+
+    @torch.no_grad()
+    def errors(self, operators_by_path: Mapping[str, nn.Module] | None = None) -> dict[str, float]:
+        """Held-out relative error of every operator (the training batch's, if nothing is held out)."""
+        modules = operators_by_path or {pupil.path: pupil.operator for pupil in self.pupils}
+        batches = self.validation or [self.batches.at(step_index(0, self.config.batch_size))]
+        totals = dict.fromkeys(modules, 0.0)
+        for batch in batches:
+            taps = self.taps(batch, list(modules))
+            for path, module in modules.items():
+                with self.compute.autocast():
+                    output = module(taps[path].input)
+                totals[path] += relative_error(output, taps[path].output).item() / len(batches)
+        return totals
+
+    def _start(self) -> dict[str, dict[str, float]]:
+        """Fit the readouts (donor starts) and log the error at step 0 of random, copied and fitted operators."""
+        config, record = self.config, record_of(self.student)
+        seed = record.seed if record else 0
+        donors = {site.path: site for site in self.family.sites(self.teacher)}
+        found: dict[str, dict[str, float]] = {}
+        by_entry = {path: entry for path, (_, entry) in self.sites.items()}
+        random = {
+            pupil.path: make_operator(self.family, donors[pupil.path], by_entry[pupil.path], seed, init="random")
+            for pupil in self.pupils
+        }
+        found["random"] = self.errors(random)
+        del random
+        donor_started = {p.path: p.operator for p in self.pupils if by_entry[p.path].init == "donor"}
+        if donor_started:
+            found["copied"] = self.errors(donor_started)
+            if config.fit_readout:
+                self._fit(donor_started)
+                found["fitted"] = self.errors(donor_started)
+        self.journal.log({"stage": STAGE, "step": 0, "event": "start", "error": found})
+        if self.validation:
+            self._note_best(0, self.errors())
+        return found
+
+    def _fit(self, modules: Mapping[str, nn.Module]) -> None:
+        """Ridge least squares of every readout, kept only where it lowers the error on the calibration batch itself."""
+        size = min(self.config.fit_samples, len(self.batches.data))
+        calibration = Batches(
+            self.batches.data, self.family, self.teacher, seed=self.config.seed, purpose=f"{STAGE}/calibration",
+            label_dropout=self.config.label_dropout, device=self.compute.device,
+        )  # fmt: skip
+        chunks = [calibration.at(chunk) for chunk in torch.arange(size).split(self.config.batch_size)]
+        taps: dict[str, list[Tap]] = {path: [] for path in modules}
+        for chunk in chunks:
+            for path, tap in self.taps(chunk, list(modules)).items():
+                taps[path].append(Tap(tap.input.float(), tap.output.float(), None))
+        for path, module in modules.items():
+            fit_readout(module, taps.pop(path), self.config.fit_ridge, self.compute.device)
+
+    def _validate(self, step: int) -> None:
+        if not self.validation:
+            return
+        errors = self.errors()
+        self.journal.log({"stage": STAGE, "step": step, "event": "validation", "error": errors})
+        self._note_best(step, errors)
+
+    def _note_best(self, step: int, errors: Mapping[str, float]) -> None:
+        config = self.config
+        for pupil in self.pupils:
+            if pupil.rested_at is not None:
+                continue
+            error = errors[pupil.path]
+            progress = error < pupil.best * (1 - config.early_stop_tolerance)
+            if error < pupil.best:
+                pupil.best, pupil.best_step = error, step
+                if config.keep_best:
+                    pupil.best_state = {k: v.detach().clone() for k, v in pupil.operator.state_dict().items()}
+            pupil.stale = 0 if progress else pupil.stale + 1
+            if config.early_stop and pupil.stale >= config.early_stop and step < config.steps:
+                pupil.rested_at = step
+                self.journal.log({"stage": STAGE, "step": step, "event": "rest", "path": pupil.path, "error": pupil.best})
+
+    def _checkpoint(
+        self, step: int, optimizer: torch.optim.Optimizer, start_error: dict[str, dict[str, float]], seconds: float
+    ) -> None:
+        if not self.compute.is_main:
+            return
+        self.journal.save_checkpoint(STAGE, step, {
+            "step": step, "seconds": seconds, "start_error": start_error, "optimizer": optimizer.state_dict(),
+            "pupils": {
+                pupil.path: {
+                    "state": pupil.operator.state_dict(), "best": pupil.best, "best_step": pupil.best_step,
+                    "best_state": pupil.best_state, "stale": pupil.stale, "rested_at": pupil.rested_at,
+                } for pupil in self.pupils
+            },
+        }, self.config.keep_checkpoints)  # fmt: skip
+
+    def _restore(
+        self, state: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, dict[str, float]], int, float]:
+        for pupil in self.pupils:
+            saved = state["pupils"][pupil.path]
+            pupil.operator.load_state_dict(saved["state"])
+            pupil.best, pupil.best_step, pupil.stale = saved["best"], saved["best_step"], saved["stale"]
+            pupil.best_state, pupil.rested_at = saved["best_state"], saved["rested_at"]
+        optimizer.load_state_dict(state["optimizer"])
+        return state["start_error"], state["step"], state["seconds"]
+
+    def _flops(self, visits: int) -> float:
+        """Teacher passes up to the last site, and three operator passes (forward, backward twice) per visit."""
+        passes = self.family.flops_per_image(self.teacher)
+        cost = sum(
+            operators.cost_of(p.operator, num_tokens=p.site.num_tokens, dim=p.site.width).total for p in self.pupils
+        )
+        teacher = self.config.cache_samples if self.config.mode == "cached" else visits
+        return passes * teacher + 3 * cost * visits

@@ -1,0 +1,219 @@
+"""What both stages share: sample order, draws, the learning-rate schedule, EMA, and the journal of a run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from grafting import draws
+from grafting.data import DataSource
+from grafting.diffusion import NUM_TIMESTEPS, add_noise
+from grafting.errors import DataError
+from grafting.families import Family, family_of
+from grafting.training.config import Optimization
+
+Never: Callable[[], int | None] = lambda: None  # noqa: E731
+
+
+class Interrupted(Exception):
+    """A stage stopped on request after writing a checkpoint; `code` is the process's exit status."""
+
+    def __init__(self, code: int, step: int) -> None:
+        super().__init__(f"stopped at step {step} on request; --resume goes on from there")
+        self.code = code
+
+
+class Journal(Protocol):
+    """Where a stage reports to and keeps its state. A run folder is one; `Quiet` keeps nothing."""
+
+    def log(self, record: Mapping[str, Any]) -> None: ...
+    def progress(self, stage: str, step: int, total: int, text: str) -> None: ...
+    def save_checkpoint(self, stage: str, step: int, state: Mapping[str, Any], keep: int) -> None: ...
+    def load_checkpoint(self, stage: str) -> dict[str, Any] | None: ...
+    def stop_requested(self) -> int | None: ...
+
+
+@dataclass
+class Quiet:
+    """A journal in memory, for library use."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self.records.append(dict(record))
+
+    def progress(self, stage: str, step: int, total: int, text: str) -> None:
+        pass
+
+    def save_checkpoint(self, stage: str, step: int, state: Mapping[str, Any], keep: int) -> None:
+        pass
+
+    def load_checkpoint(self, stage: str) -> dict[str, Any] | None:
+        return None
+
+    def stop_requested(self) -> int | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of a stage: clean x0, noised x_t, timesteps, conditioning, noise; `index` are global sample numbers."""
+
+    index: Tensor
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    cond: Any
+    noise: Tensor
+
+
+class Batches:
+    """Batches as a function of (seed, purpose, step): data order, timesteps, noise and label dropout."""
+
+    def __init__(
+        self, data: DataSource, family: Family, model: nn.Module, *, seed: int, purpose: str,
+        label_dropout: float, device: torch.device,
+    ) -> None:  # fmt: skip
+        channels, height, _ = family.sample_shape(model)
+        classes = family.num_classes(model)
+        if tuple(data.shape) != tuple(family.sample_shape(model)):
+            raise DataError(
+                f"data '{data.name}' has samples of shape {list(data.shape)}, the model needs "
+                f"{list(family.sample_shape(model))}; encode or resize the data for this model"
+            )
+        if classes is not None and data.num_classes > classes:
+            raise DataError(
+                f"data '{data.name}' has {data.num_classes} classes, the model knows {classes}; give data of its classes"
+            )
+        self.data, self.family, self.model = data, family, model
+        self.seed, self.purpose, self.label_dropout, self.device = seed, purpose, label_dropout, device
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def at(self, index: Tensor) -> Batch:
+        """The batch of these global sample numbers [B]."""
+        size = len(self.data)
+        rows = torch.empty_like(index)
+        for epoch in (index // size).unique().tolist():
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = draws.permutation(self.seed, f"{self.purpose}/order", epoch, size)
+            chosen = index // size == epoch
+            rows[chosen] = self._order[index[chosen] % size]
+        x0, y = self.data.batch(rows)
+        return self.noised(index, x0, y)
+
+    def noised(self, index: Tensor, x0: Tensor, y: Tensor) -> Batch:
+        """Draw timesteps, noise and label dropout for given samples."""
+        x0, y, index = x0.to(self.device), y.to(self.device), index.to(self.device)
+        t = draws.integers(self.seed, f"{self.purpose}/t", index, NUM_TIMESTEPS)
+        noise = draws.normal(self.seed, f"{self.purpose}/noise", index, tuple(x0.shape[1:]))
+        if self.label_dropout > 0:
+            dropped = draws.uniform(self.seed, f"{self.purpose}/drop", index) < self.label_dropout
+            y = torch.where(dropped, self.family.null_condition(self.model, y), y)
+        return Batch(index=index, x0=x0, x_t=add_noise(x0, t, noise), t=t, cond=y, noise=noise)
+
+
+def step_index(step: int, batch_size: int) -> Tensor:
+    """Global sample numbers of one step."""
+    return torch.arange(step * batch_size, (step + 1) * batch_size)
+
+
+def held_out(batches: Batches, data: DataSource, batch_size: int) -> list[Batch]:
+    """Fixed batches over a held-out set: its t, noise and labels never change."""
+    fixed = Batches(
+        data, batches.family, batches.model, seed=batches.seed, purpose=f"{batches.purpose}/validation",
+        label_dropout=batches.label_dropout, device=batches.device,
+    )  # fmt: skip
+    found = []
+    for start in range(0, len(data), batch_size):
+        rows = torch.arange(start, min(start + batch_size, len(data)))
+        found.append(fixed.noised(rows, *data.batch(rows)))
+    return found
+
+
+def split(data: DataSource, num_validation: int, seed: int) -> tuple[DataSource, DataSource | None]:
+    """Training and held-out part. Data too small for that many held-out samples gives a tenth of itself."""
+    count = min(num_validation, len(data) // 10)
+    if count < 1:
+        return data, None
+    train, validation = data.split(count, seed)
+    return train, validation
+
+
+def learning_rate(config: Optimization, step: int) -> float:
+    """Linear warm-up, then constant, cosine to zero, or halved at fractions of the run."""
+    warmup = min(config.warmup, config.steps // 4)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "halving":
+        return config.lr * 0.5 ** sum(step >= fraction * config.steps for fraction in config.halve_at)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+def make_optimizer(groups: Sequence[Sequence[nn.Parameter]], config: Optimization) -> torch.optim.Optimizer:
+    """Fused AdamW over parameter groups."""
+    return torch.optim.AdamW(
+        [{"params": list(group)} for group in groups],
+        lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class EMA:
+    """Exponential moving average of named parameters, with the usual warm-up of its decay."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, Tensor], step: int) -> None:
+        """After optimizer step number `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), [parameters[name] for name in self.values], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, parameters: Mapping[str, Tensor]) -> None:
+        """Exchange the average with the live parameters (call again to undo)."""
+        for name, value in self.values.items():
+            live = parameters[name].detach().clone()
+            parameters[name].copy_(value)
+            value.copy_(live)
+
+
+class Clock:
+    """Seconds and a projection of what is left."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self.first, self.total, self.started = done, total, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def eta(self, done: int) -> str:
+        """Time left after `done` steps, as 1:05:09 or 3:07."""
+        fresh = max(1, done - self.first)
+        left = round(self.seconds / fresh * (self.total - done))
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def family_and_model(student: nn.Module, teacher: nn.Module | None) -> Family:
+    """The one family of both models. Raises DataError if they differ."""
+    family = family_of(student)
+    if teacher is not None and family_of(teacher) is not family:
+        raise DataError("teacher and student are of different model families")
+    return family

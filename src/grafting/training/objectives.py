@@ -1,0 +1,68 @@
+"""The objectives of stage 2: the diffusion loss, and two that match the teacher.
+
+Axes: B batch, C channels, H W height and width, N tokens, D width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafting.diffusion import loss_from_output
+from grafting.families import Family
+from grafting.training.loop import Batch
+
+
+def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two raw predictions [B, 2C, H, W], noise and variance halves alike: scalar."""
+    return (student.float() - teacher.float()).square().mean()
+
+
+def feature_loss(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], outliers: float) -> Tensor:
+    """Mean squared difference of block outputs [B, N, D], in units of the teacher's variance, averaged over L: scalar.
+
+    The `outliers` share of largest |teacher| is left out: a few massive activations would own the loss.
+    """
+    total = torch.zeros((), device=next(iter(teacher.values())).device)
+    for layer, target in teacher.items():
+        target = target.float()
+        error = (student[layer].float() - target).square()
+        keep = torch.ones_like(error)
+        if outliers > 0:
+            magnitude = target.abs()
+            sample = magnitude.flatten()[:: max(1, magnitude.numel() // 2**16)]  # quantile's input is bounded
+            keep = (magnitude <= torch.quantile(sample, 1 - outliers)).float()
+        scale = (target.square() * keep).sum().clamp(min=1e-12)
+        total = total + (error * keep).sum() / scale
+    return total / len(teacher)
+
+
+def mixed_loss(
+    family: Family, student: nn.Module, teacher: nn.Module | None, batch: Batch,
+    weights: Mapping[str, float], layers: tuple[int, ...], outliers: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Weighted sum of the objectives on one batch, and its terms (unweighted, detached)."""
+    terms: dict[str, Tensor] = {}
+    use_features = weights.get("features", 0) > 0
+    reference: Any = None
+    reference_features: dict[int, Tensor] = {}
+    if teacher is not None and (use_features or weights.get("output", 0) > 0):
+        with torch.no_grad():
+            if use_features:
+                reference, reference_features = family.predict_with_features(teacher, batch.x_t, batch.t, batch.cond, layers)
+            else:
+                reference = family.predict(teacher, batch.x_t, batch.t, batch.cond)
+    if use_features:
+        output, features = family.predict_with_features(student, batch.x_t, batch.t, batch.cond, layers)
+        terms["features"] = feature_loss(features, reference_features, outliers)
+    else:
+        output = family.predict(student, batch.x_t, batch.t, batch.cond)
+    if weights.get("diffusion", 0) > 0:
+        terms["diffusion"] = loss_from_output(output, batch.x0, batch.t, batch.noise)["loss"].mean()
+    if weights.get("output", 0) > 0:
+        terms["output"] = output_loss(output, reference)
+    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+    return loss, {name: term.detach() for name, term in terms.items()}
