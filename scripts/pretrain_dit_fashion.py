@@ -1,6 +1,6 @@
 """Pretrain `dit-fashion`, the embedded class-conditional DiT, on the 60,000 training images of Fashion-MNIST.
 
-    python scripts/pretrain_dit_fashion.py --data IDX_FOLDER --out FOLDER [--start WEIGHTS.pt] [--steps 3600] [--device cuda]
+    python scripts/pretrain_dit_fashion.py --data IDX_FOLDER --out FOLDER [--start WEIGHTS.pt] [--steps N]
 
 Resumable: run the same command again after a stop and it goes on from the last checkpoint in --out. Every draw is a
 function of (seed, step), so an interrupted run does what an uninterrupted one does. At the end `--out` holds

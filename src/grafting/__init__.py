@@ -32,7 +32,27 @@ from grafting.training.finetuning import finetune
 __version__ = "0.1.0"
 
 __all__ = [
-    "CheckpointError", "DataError", "DistillConfig", "DivergedError", "FinetuneConfig", "GraftError", "GraftPlan", "OperatorError", "Parallelize",
-    "PlanError", "Prune", "Replace", "RunError", "diffusion", "distill", "explain", "finetune", "graft", "load_graft", "load_model",
-    "operators", "save_graft", "save_model",
-]  # fmt: skip
+    "CheckpointError",
+    "DataError",
+    "DistillConfig",
+    "DivergedError",
+    "FinetuneConfig",
+    "GraftError",
+    "GraftPlan",
+    "OperatorError",
+    "Parallelize",
+    "PlanError",
+    "Prune",
+    "Replace",
+    "RunError",
+    "diffusion",
+    "distill",
+    "explain",
+    "finetune",
+    "graft",
+    "load_graft",
+    "load_model",
+    "operators",
+    "save_graft",
+    "save_model",
+]

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,19 +16,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Edit the architecture of pretrained diffusion transformers.", context_settings={"help_option_names": ["-h", "--help"]},
+    help="Edit the architecture of pretrained diffusion transformers.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[Optional[str], typer.Option(help="Type of the weights: float32, bfloat16, float16.")]
+Dtype = Annotated[str | None, typer.Option(help="Type of the weights: float32, bfloat16, float16.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Source = Annotated[str, typer.Argument(help="Packaged name, .pt file, folder (model, graft, run), hub id, or arch:DiT-XL/2.")]
+Source = Annotated[
+    str, typer.Argument(help="Packaged name, .pt file, folder (model, graft, run), hub id, or arch:DiT-XL/2.")
+]
 Plan = Annotated[Path, typer.Option("--plan", help="Plan file, YAML or JSON.")]
-Heads = Annotated[Optional[int], typer.Option(min=1, help="Number of heads, for a file of an unpublished width.")]
-Locality = Annotated[Optional[Path], typer.Option(help="Locality file for top-local-50 and low-local-50.")]
+Heads = Annotated[
+    int | None, typer.Option(min=1, help="Number of heads, for a file of an unpublished width.")
+]
+Locality = Annotated[Path | None, typer.Option(help="Locality file for top-local-50 and low-local-50.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")]
-Set = Annotated[Optional[list[str]], typer.Option("--set", help="Override of the recipe: key=value or stage.key=value; repeatable.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override of the recipe: key=value or stage.key=value; repeatable."),
+]
 
 
 @app.command()
@@ -37,17 +45,27 @@ def demo(
     device: Device = "cpu", seed: Seed = 0, set: Set = None,
 ) -> None:  # fmt: skip
     """Half of the attention of the packaged dit-fashion becomes hyena_x: the whole method in minutes."""
-    run("demo", out=out, resume=resume, set=set, dry_run=False, processes=1, device=device, dtype=None, seed=seed)
+    run(
+        "demo",
+        out=out,
+        resume=resume,
+        set=set,
+        dry_run=False,
+        processes=1,
+        device=device,
+        dtype=None,
+        seed=seed,
+    )
 
 
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one (see graft list).")],
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/<name of the recipe>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the recipe>.")] = None,
     resume: Resume = False, set: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes (GPUs) to spread over, through accelerate.")] = 1,
-    device: Device = "cpu", dtype: Dtype = None, seed: Annotated[Optional[int], typer.Option(min=0)] = None,
+    device: Device = "cpu", dtype: Dtype = None, seed: Annotated[int | None, typer.Option(min=0)] = None,
 ) -> None:  # fmt: skip
     """Run a recipe: load, graft, distill, finetune, sample, evaluate, report."""
     from grafting.pipeline import Pipeline, describe_recipe
@@ -105,7 +123,9 @@ def inspect(source: Source, num_heads: Heads = None, json_: Json = False) -> Non
 
 
 @app.command()
-def explain(source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None, json_: Json = False) -> None:
+def explain(
+    source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None, json_: Json = False
+) -> None:
     """What a plan would do to a model, layer by layer; touches nothing and, on arch:, allocates nothing."""
     from grafting.plan import GraftPlan
     from grafting.surgery import explain as explain_plan
@@ -116,13 +136,17 @@ def explain(source: Source, plan: Plan, num_heads: Heads = None, locality: Local
 
 
 @app.command()
-def cost(source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None, json_: Json = False) -> None:
+def cost(
+    source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None, json_: Json = False
+) -> None:
     """What a plan changes in FLOPs and parameters, in per cent of all operators of the target (Table 4's way)."""
     from grafting.analysis.costs import plan_cost
     from grafting.plan import GraftPlan
 
     found = plan_cost(_model(source, num_heads=num_heads, meta=True), GraftPlan.load(plan), locality)
-    _show(found, json_, [("target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct")], "rows")
+    _show(
+        found, json_, [("target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct")], "rows"
+    )
 
 
 @app.command()
@@ -149,13 +173,17 @@ def apply(
 
 
 @app.command()
-def distill(run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu") -> None:
+def distill(
+    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu"
+) -> None:
     """Stage 1 on a run folder: the new operators learn what the donor's do."""
     _stage(run, "distill", resume, device)
 
 
 @app.command()
-def finetune(run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu") -> None:
+def finetune(
+    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu"
+) -> None:
     """Stage 2 on a run folder: the whole edited model, lightly."""
     _stage(run, "finetune", resume, device)
 
@@ -169,7 +197,7 @@ def sample(
     sampler: Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")] = "ddim",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 1.5,
     batch_size: Annotated[int, typer.Option(min=1)] = 100,
-    vae: Annotated[Optional[str], typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
     num_heads: Heads = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Draw images; noise and label of image i depend on the seed and i alone."""
@@ -190,7 +218,7 @@ def evaluate(
     samples: Annotated[Path, typer.Argument(help="Sample file (.npz).")],
     reference: Annotated[str, typer.Option(help="fashion-train, an ADM reference .npz, or another sample file.")],
     features: Annotated[str, typer.Option(help="auto, fashion, or inception:WEIGHTS.")] = "auto",
-    out: Annotated[Optional[Path], typer.Option(help="Also write the result here, for graft compare.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result here, for graft compare.")] = None,
     device: Device = "cpu", json_: Json = False,
 ) -> None:  # fmt: skip
     """Frechet distance, precision, recall, inception-style score and label accuracy of a sample file."""
@@ -282,7 +310,7 @@ def main() -> None:
 
         if not isinstance(error, click.ClickException) and type(error).__module__.split(".")[0] != "typer":
             raise
-        message = getattr(error, "format_message", lambda: str(error))()
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         if message:
             print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -309,13 +337,21 @@ def _dtype(name: str | None) -> Any:
 
 
 def _model(
-    source: str, *, num_heads: int | None = None, device: str = "cpu", dtype: str | None = None, meta: bool = False
+    source: str,
+    *,
+    num_heads: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    meta: bool = False,
 ) -> nn.Module:
     """A model for a command; `meta`: without weights where it has none to lose."""
     from grafting.loading import load_model
 
     return load_model(
-        source, num_heads=num_heads, device="meta" if meta and source.startswith("arch:") else device, dtype=_dtype(dtype)
+        source,
+        num_heads=num_heads,
+        device="meta" if meta and source.startswith("arch:") else device,
+        dtype=_dtype(dtype),
     )
 
 
@@ -356,7 +392,9 @@ def _emit(found: Mapping[str, Any]) -> None:
     print(json.dumps(found, indent=2, allow_nan=False))
 
 
-def _show(found: Mapping[str, Any], json_: bool, columns: list[tuple[str, ...]] | None = None, rows: str = "") -> None:
+def _show(
+    found: Mapping[str, Any], json_: bool, columns: list[tuple[str, ...]] | None = None, rows: str = ""
+) -> None:
     """JSON, or the same as a table and lines."""
     if json_:
         _emit(found)

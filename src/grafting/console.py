@@ -51,9 +51,8 @@ class Console:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         if self._bar is None:
-            columns = (
-                TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            )  # fmt: skip
+            note = TextColumn("{task.fields[note]}")
+            columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), note)
             self._bar = Progress(*columns, console=RichConsole(file=self.stream))
             self._bar.start()
         if stage not in self._tasks:

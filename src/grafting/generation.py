@@ -66,7 +66,8 @@ def generate(
         "labels": f"i mod {classes}", "precision": compute.precision, **(describe or {}),
     }  # fmt: skip
     model.eval()
-    writer, first = None, []
+    writer: SampleWriter | None = None
+    first: list[np.ndarray] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         for index in torch.arange(num).split(batch_size):
@@ -92,7 +93,11 @@ def generate(
         raise
     assert writer is not None  # num >= 1
     writer.__exit__(None, None, None)
-    save_grid(np.concatenate(first)[: min(num, 10 * classes, 100)], path.with_suffix(".png"), columns=min(10, classes))
+    save_grid(
+        np.concatenate(first)[: min(num, 10 * classes, 100)],
+        path.with_suffix(".png"),
+        columns=min(10, classes),
+    )
     return path
 
 

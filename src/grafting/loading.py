@@ -34,7 +34,9 @@ def load_model(
     Raises CheckpointError or GraftError that names the source and what to do.
     """
     source = str(source)
-    if num_heads is not None and (isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1):
+    if num_heads is not None and (
+        isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1
+    ):
         raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number of at least 1")
     device = _device(device)
     if source.startswith("arch:"):
@@ -89,13 +91,22 @@ def _load_folder(folder: Path) -> nn.Module:
 def _load_diffusers(folder: Path) -> DiT:
     config = weights.read_json(folder / "config.json", "diffusers configuration")
     name = config.get("_class_name")
-    if name not in ("DiTTransformer2DModel", "Transformer2DModel") or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
-        raise CheckpointError(f"{folder / 'config.json'} describes a {name!r}; expected diffusers' DiTTransformer2DModel")
+    if (
+        name not in ("DiTTransformer2DModel", "Transformer2DModel")
+        or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero"
+    ):
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes a {name!r}; expected diffusers' DiTTransformer2DModel"
+        )
     candidates = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     path = next((folder / file for file in candidates if (folder / file).is_file()), None)
     if path is None:
-        raise CheckpointError(f"the folder {str(folder)!r} holds no weights: expected {' or '.join(candidates)}")
-    state: Any = weights.read_safetensors(path) if path.suffix == ".safetensors" else weights.read_pickled(path)
+        raise CheckpointError(
+            f"the folder {str(folder)!r} holds no weights: expected {' or '.join(candidates)}"
+        )
+    state: Any = (
+        weights.read_safetensors(path) if path.suffix == ".safetensors" else weights.read_pickled(path)
+    )
     dit, published = dit_states.from_diffusers(state, config)
     model = DiT(dit)
     weights.load_strictly(model, {name: tensor.float() for name, tensor in published.items()}, str(folder))
@@ -108,10 +119,13 @@ def save_diffusers(model: nn.Module, folder: str | Path) -> None:
         raise CheckpointError("only an unedited DiT fits diffusers' DiTTransformer2DModel; use save_graft")
     folder = Path(folder)
     weights.write_safetensors(
-        folder / "diffusion_pytorch_model.safetensors", dit_states.to_diffusers(model.state_dict()), {"format": "pt"}
+        folder / "diffusion_pytorch_model.safetensors",
+        dit_states.to_diffusers(model.state_dict()),
+        {"format": "pt"},
     )
     weights.write_json(
-        folder / "config.json", {"_class_name": "DiTTransformer2DModel", **dit_states.diffusers_config(model.config)}
+        folder / "config.json",
+        {"_class_name": "DiTTransformer2DModel", **dit_states.diffusers_config(model.config)},
     )
 
 
@@ -122,7 +136,9 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"can't get {name!r} from the hub, and there is no such file or folder: {reason[:160]}") from None
+        raise CheckpointError(
+            f"can't get {name!r} from the hub, and there is no such file or folder: {reason[:160]}"
+        ) from None
 
 
 def _device(device: str | torch.device) -> torch.device:

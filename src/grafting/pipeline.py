@@ -59,7 +59,9 @@ class Pipeline:
         """The recipe's data, or its stratified fraction."""
         if self._data is None:
             data = load_dataset(self.recipe.data)
-            self._data = data.subset(self.recipe.fraction, self.recipe.seed) if self.recipe.fraction < 1 else data
+            self._data = (
+                data.subset(self.recipe.fraction, self.recipe.seed) if self.recipe.fraction < 1 else data
+            )
         return self._data
 
     def check(self) -> None:
@@ -75,7 +77,9 @@ class Pipeline:
 
     def graft(self) -> nn.Module:
         """Apply the plan and write plan.yaml and graft/."""
-        student = graft(self.teacher, self.recipe.graft_plan, seed=self.recipe.seed, locality=self.recipe.locality)
+        student = graft(
+            self.teacher, self.recipe.graft_plan, seed=self.recipe.seed, locality=self.recipe.locality
+        )
         explanation = explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
         explanation.plan.save(self.run.path / "plan.yaml")
         self.run.save_student(student)
@@ -91,12 +95,16 @@ class Pipeline:
     def distill(self) -> dict[str, Any]:
         """Stage 1."""
         config = _seeded(self.recipe.distill or DistillConfig(), self.recipe.seed)
-        return self._train("distill", lambda student: distill(student, self.teacher, self.data, config, journal=self.run))
+        return self._train(
+            "distill", lambda student: distill(student, self.teacher, self.data, config, journal=self.run)
+        )
 
     def finetune(self) -> dict[str, Any]:
         """Stage 2."""
         config = _seeded(self.recipe.finetune or FinetuneConfig(), self.recipe.seed)
-        return self._train("finetune", lambda student: finetune(student, self.data, config, self.teacher, journal=self.run))
+        return self._train(
+            "finetune", lambda student: finetune(student, self.data, config, self.teacher, journal=self.run)
+        )
 
     def _train(self, stage: str, work: Any) -> dict[str, Any]:
         student = self.student()
@@ -108,7 +116,11 @@ class Pipeline:
         return result
 
     def _share_of_pretraining(self, flops: float) -> dict[str, Any]:
-        visits = self.recipe.pretraining.image_visits if self.recipe.pretraining else pretraining_visits(self.teacher)
+        visits = (
+            self.recipe.pretraining.image_visits
+            if self.recipe.pretraining
+            else pretraining_visits(self.teacher)
+        )
         if not visits:
             return {}
         total = 3 * visits * family_of(self.teacher).flops_per_image(self.teacher)
@@ -140,7 +152,10 @@ class Pipeline:
         for who in ("teacher", "student"):
             self.run.console.say(f"evaluating {who}")
             found[who] = evaluate(
-                self.run.path / "samples" / f"{who}.npz", config.reference, config.features, device=self.device
+                self.run.path / "samples" / f"{who}.npz",
+                config.reference,
+                config.features,
+                device=self.device,
             )
         found["comparison"] = compare(found["teacher"], found["student"])
         weights.write_json(self.run.path / "evaluation.json", found)
@@ -175,7 +190,11 @@ def open_pipeline(path: str | Path, console: Console, device: str = "cpu") -> Pi
 
 def _seeded(config: Any, seed: int) -> Any:
     """The recipe's seed is the stages' seed unless they say another."""
-    return config if "seed" in config.model_fields_set and config.seed else config.model_copy(update={"seed": seed})
+    return (
+        config
+        if "seed" in config.model_fields_set and config.seed
+        else config.model_copy(update={"seed": seed})
+    )
 
 
 def describe_recipe(recipe: Recipe) -> Mapping[str, Any]:

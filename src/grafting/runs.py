@@ -1,6 +1,7 @@
 """The run folder: everything that a run leaves, and what it needs to go on after a stop.
 
-    recipe.yaml plan.yaml run.json graft/ checkpoints/ metrics.jsonl samples/{teacher,student}.npz evaluation.json report.html
+    recipe.yaml plan.yaml run.json graft/ checkpoints/ metrics.jsonl samples/{teacher,student}.npz
+    evaluation.json report.html
 
 `run.json` says which stages are done and with what result. Files appear whole or not at all.
 """
@@ -43,18 +44,23 @@ class RunFolder:
     # ---- life of the folder
 
     @classmethod
-    def create(cls, path: str | Path, recipe: Mapping[str, Any], console: Console, *, resume: bool = False) -> RunFolder:
+    def create(
+        cls, path: str | Path, recipe: Mapping[str, Any], console: Console, *, resume: bool = False
+    ) -> RunFolder:
         """A new run, or with `resume` the one that is there if its recipe is the same. Raises RunError."""
         run = cls(path, console)
         recipe = json.loads(json.dumps(recipe))
         if (run.path / "run.json").exists() or (run.path / "recipe.yaml").exists():
             existing = load_yaml(run.path / "recipe.yaml", "recipe", RunError)
             if not resume:
-                raise RunError(f"{str(run.path)!r} already holds a run; go on with --resume, or give another --out")
+                raise RunError(
+                    f"{str(run.path)!r} already holds a run; go on with --resume, or give another --out"
+                )
             if existing != recipe:
                 differing = sorted(k for k in {*existing, *recipe} if existing.get(k) != recipe.get(k))
                 raise RunError(
-                    f"{str(run.path)!r} holds a run of another recipe (different: {', '.join(differing)}); give another --out"
+                    f"{str(run.path)!r} holds a run of another recipe (different: {', '.join(differing)}); "
+                    "give another --out"
                 )
             return run
         if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
@@ -68,7 +74,9 @@ class RunFolder:
         """An existing run. Raises RunError."""
         run = cls(path, console)
         if not (run.path / "run.json").is_file():
-            raise RunError(f"{str(path)!r} is not a run folder: it has no run.json; make one with `graft apply` or `graft run`")
+            raise RunError(
+                f"{str(path)!r} is not a run folder: it has no run.json; make one with `graft apply` or `graft run`"
+            )
         run.read()
         return run
 
@@ -149,7 +157,9 @@ class RunFolder:
         content = buffer.getvalue()
         path = folder / f"{step:09d}.pt"
         weights.write_bytes(path, content)
-        weights.write_json(path.with_suffix(".json"), {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+        weights.write_json(
+            path.with_suffix(".json"), {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        )
         for old in sorted(folder.glob("*.pt"))[: -max(1, keep)]:
             old.with_suffix(".json").unlink(missing_ok=True)
             old.unlink(missing_ok=True)
@@ -164,7 +174,10 @@ class RunFolder:
             try:
                 expected = weights.read_json(manifest, "checkpoint manifest")
                 content = path.read_bytes()
-                if len(content) != expected["size"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
+                if (
+                    len(content) != expected["size"]
+                    or hashlib.sha256(content).hexdigest() != expected["sha256"]
+                ):
                     raise CheckpointError(f"checkpoint {path} is damaged: its hash is not the recorded one")
                 state = weights.read_pickled(path)
             except (GraftError, OSError, KeyError) as error:
@@ -188,7 +201,7 @@ class RunFolder:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """While inside, the first SIGINT or SIGTERM asks stages to write a checkpoint and stop; the second ends at once."""
+        """While inside, the first SIGINT or SIGTERM asks stages to checkpoint and stop; the second ends at once."""
 
         def request(number: int, frame: FrameType | None) -> None:
             if self._stop is not None:
@@ -208,7 +221,11 @@ def environment() -> dict[str, Any]:
     """What the run computes on: versions, processor or GPU, threads."""
     import platform
 
-    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     for name in ("diffusers", "accelerate", "grafting"):
         from importlib.metadata import PackageNotFoundError, version
 

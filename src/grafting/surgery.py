@@ -123,16 +123,24 @@ def edited_sites(model: nn.Module) -> dict[str, tuple[Site, Replace]]:
         return {}
     wanted = record.plan.sites
     sites = family_of(model).sites(model)
-    return {site.path: (site, wanted[site.kind, site.layer]) for site in sites if (site.kind, site.layer) in wanted}
+    return {
+        site.path: (site, wanted[site.kind, site.layer])
+        for site in sites
+        if (site.kind, site.layer) in wanted
+    }
 
 
-def match(model: nn.Module, plan: GraftPlan, locality: Locality | None = None) -> tuple[GraftPlan, tuple[Edit, ...]]:
+def match(
+    model: nn.Module, plan: GraftPlan, locality: Locality | None = None
+) -> tuple[GraftPlan, tuple[Edit, ...]]:
     """Resolve and check a plan on an untouched model: the plan with layer numbers, and its edits in block order.
 
     Raises PlanError or OperatorError that names the layer and the remedy.
     """
     if not isinstance(plan, GraftPlan):
-        raise PlanError(f"expected a GraftPlan, got {type(plan).__name__}; make one with GraftPlan([...]) or .load(path)")
+        raise PlanError(
+            f"expected a GraftPlan, got {type(plan).__name__}; make one with GraftPlan([...]) or .load(path)"
+        )
     family = family_of(model)
     resolved = plan.resolve(family.num_layers(model), locality)
     if resolved.groups or resolved.pruned:
@@ -148,7 +156,9 @@ def match(model: nn.Module, plan: GraftPlan, locality: Locality | None = None) -
             continue
         where = f"entry {number} ({entry.target} -> {entry.operator})"
         if entry.target not in kinds:
-            raise PlanError(f"{where}: the family '{family.name}' has no target {entry.target!r}; it has {', '.join(kinds)}")
+            raise PlanError(
+                f"{where}: the family '{family.name}' has no target {entry.target!r}; it has {', '.join(kinds)}"
+            )
         known = operators.get(entry.operator)
         if entry.target not in known.targets:
             raise PlanError(
@@ -205,7 +215,9 @@ def graft(model: nn.Module, plan: GraftPlan, *, seed: int = 0, locality: Localit
     return student
 
 
-def make_operator(family: Family, site: Site, entry: Replace, seed: int, init: str | None = None) -> nn.Module:
+def make_operator(
+    family: Family, site: Site, entry: Replace, seed: int, init: str | None = None
+) -> nn.Module:
     """The operator of an entry for one site, initialised as the entry (or `init`) says, on the donor's device."""
     like = next(iter(site.donor.parameters()), torch.empty(0))
     with torch.random.fork_rng(devices=[]):
@@ -245,7 +257,8 @@ def _check_operator(site: Site, entry: Replace) -> Cost:
         raise type(error)(f"{site}: {error}") from None
     except Exception as error:
         raise PlanError(
-            f"{site}: operator '{entry.operator}' fails on tokens of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+            f"{site}: operator '{entry.operator}' fails on tokens of shape {list(x.shape)}: "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from None
     if shape != list(x.shape):
         raise PlanError(

@@ -18,7 +18,7 @@ def plan_cost(model: nn.Module, plan: GraftPlan, locality: Locality | None = Non
 
     {"rows": [{"target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct"}], "model": {"params",
     "flops_per_image"} each [before, after]}. Percentages are of all operators of that target in the unedited model;
-    `flops_ft_pct` is None where the target has no projections or featurizers of its own (mlp). 2 FLOPs per multiply-add.
+    `flops_ft_pct` is None where the target has no projections or featurizers of its own (mlp).
     """
     explanation = explain(model, plan, locality)
     totals: dict[str, operators.Cost] = {}

@@ -34,6 +34,7 @@ def _scheduler(sampler: str, steps: int, device: torch.device) -> Any:
         raise GraftError(f"unknown sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= NUM_TIMESTEPS:
         raise GraftError(f"steps={steps!r}: expected a whole number from 1 to {NUM_TIMESTEPS}")
+    scheduler: Any
     if sampler == "ddim":
         scheduler = diffusers.DDIMScheduler(
             **common, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
@@ -59,7 +60,9 @@ def _ancestral_step(
     alpha = alpha_bar / alpha_bar_previous
     beta = 1 - alpha
     x0 = (x - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
-    mean = (beta * alpha_bar_previous.sqrt() * x0 + (1 - alpha_bar_previous) * alpha.sqrt() * x) / (1 - alpha_bar)
+    mean = (beta * alpha_bar_previous.sqrt() * x0 + (1 - alpha_bar_previous) * alpha.sqrt() * x) / (
+        1 - alpha_bar
+    )
     if noise is None:
         return mean
     low = (beta * (1 - alpha_bar_previous) / (1 - alpha_bar)).clamp(min=1e-20).log()

@@ -26,14 +26,18 @@ def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str
     if channels in (1, 3):
         return to_uint8
     if channels != 4:
-        raise GraftError(f"no codec for samples of {channels} channels; sample from Python and decode them yourself")
+        raise GraftError(
+            f"no codec for samples of {channels} channels; sample from Python and decode them yourself"
+        )
     from diffusers import AutoencoderKL
 
     try:
         autoencoder = AutoencoderKL.from_pretrained(vae or SD_VAE).to(device).eval()
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise GraftError(f"can't load the VAE {vae or SD_VAE!r}: {reason[:160]}; give a folder or hub id with --vae") from None
+        raise GraftError(
+            f"can't load the VAE {vae or SD_VAE!r}: {reason[:160]}; give a folder or hub id with --vae"
+        ) from None
     scaling = float(autoencoder.config.scaling_factor or SD_SCALING)
 
     @torch.no_grad()

@@ -72,7 +72,9 @@ class DiTFamily(Family):
         self._check_null(model)
         return super().predict_guided(model, x, t, cond, scale)
 
-    def taps(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, paths: Collection[str]) -> dict[str, Tap]:
+    def taps(
+        self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, paths: Collection[str]
+    ) -> dict[str, Tap]:
         wanted, found = set(paths), {}
         last = max((int(path.split(".")[1]) for path in wanted), default=-1)
         with torch.no_grad():
@@ -119,7 +121,10 @@ class DiTFamily(Family):
         tokens, width, out = config.num_tokens, config.hidden_size, config.patch_size**2
         embed = 2.0 * tokens * width * out * config.in_channels
         conditioning = 2.0 * (256 * width + width * width)
-        head = 2.0 * tokens * width * out * (2 if config.learn_sigma else 1) * config.in_channels + 4.0 * width**2
+        head = (
+            2.0 * tokens * width * out * (2 if config.learn_sigma else 1) * config.in_channels
+            + 4.0 * width**2
+        )
         modulation = 12.0 * width**2 * len(model.blocks)  # type: ignore[arg-type]
         cores = sum(
             operators.cost_of(site.donor, num_tokens=tokens, dim=width).total for site in self.sites(model)

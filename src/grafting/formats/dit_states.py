@@ -40,11 +40,13 @@ _AT_ROOT = {
 
 def block_numbers(state: Mapping[str, Tensor]) -> list[int]:
     """Numbers of the blocks of a state dict in the published layout; they must be 0, 1, 2, ..."""
-    numbers = sorted({int(match[1]) for name in state if (match := _BLOCK.fullmatch(name)) and len(match[1]) < 5})
+    numbers = sorted(
+        {int(match[1]) for name in state if (match := _BLOCK.fullmatch(name)) and len(match[1]) < 5}
+    )
     if not numbers or numbers != list(range(len(numbers))):
         missing = next((i for i, number in enumerate(numbers) if i != number), len(numbers))
         raise CheckpointError(
-            f"not a DiT state dict: block {missing} is missing; expected names such as 'blocks.{missing}.attn.qkv.weight'"
+            f"not a DiT state dict: block {missing} is missing; expected 'blocks.{missing}.attn.qkv.weight' and so on"
         )
     return numbers
 
@@ -71,7 +73,9 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, where: s
     tokens = shape("pos_embed", 3)[1]
     side = round(tokens**0.5)
     if side * side != tokens:
-        raise CheckpointError(f"{where}: {tokens} tokens are not a square grid; only square latents are supported")
+        raise CheckpointError(
+            f"{where}: {tokens} tokens are not a square grid; only square latents are supported"
+        )
     if out not in (patch**2 * channels, 2 * patch**2 * channels):
         raise CheckpointError(
             f"{where}: the final layer gives {out} values a token, expected {patch**2 * channels} "
@@ -83,7 +87,11 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, where: s
             f"{where}: width {width} is not a published size, so the number of heads is unknown; give num_heads="
         )
     hidden = next(
-        (list(state[name].shape)[0] for name in (f"blocks.{i}.mlp.fc1.weight" for i in range(depth)) if name in state),
+        (
+            state[name].shape[0]
+            for name in (f"blocks.{i}.mlp.fc1.weight" for i in range(depth))
+            if name in state
+        ),
         4 * width,
     )
     return DiTConfig(
@@ -129,7 +137,9 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
 
     The embedders are taken from block 0, which is the copy that diffusers' final layer uses as well.
     """
-    blocks = {int(match[1]) for name in state if (match := _DIFFUSERS_BLOCK.fullmatch(name)) and len(match[1]) < 5}
+    blocks = {
+        int(match[1]) for name in state if (match := _DIFFUSERS_BLOCK.fullmatch(name)) and len(match[1]) < 5
+    }
     try:
         heads, head_dim = int(config["num_attention_heads"]), int(config["attention_head_dim"])
         channels = int(config.get("in_channels", 4))
@@ -144,7 +154,9 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
             learn_sigma=int(config.get("out_channels") or channels) == 2 * channels,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json does not describe a DiT: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"config.json does not describe a DiT: {type(error).__name__}: {error}"
+        ) from None
     result: Tensors = {"pos_embed": sincos_2d(dit.hidden_size, dit.grid)}
     taken: set[str] = set()
 

@@ -32,7 +32,9 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     record = record_of(model)
     if record is None:
-        raise CheckpointError("this model has no plan: save_graft saves what graft() or load_graft() returned")
+        raise CheckpointError(
+            "this model has no plan: save_graft saves what graft() or load_graft() returned"
+        )
     state = model.state_dict()
     now = weights.digests(model)
     if not now:
@@ -88,7 +90,9 @@ def load_graft(
     tensors = weights.read_safetensors(file)
     found = weights.combined_digest({name: weights.tensor_digest(tensor) for name, tensor in tensors.items()})
     if found != manifest["tensors"]["sha256"]:
-        raise CheckpointError(f"{file} is damaged: its hash is not the one in {MANIFEST}; copy the graft again")
+        raise CheckpointError(
+            f"{file} is damaged: its hash is not the one in {MANIFEST}; copy the graft again"
+        )
 
     reference = manifest["base"]
     if reference is None:
@@ -98,7 +102,9 @@ def load_graft(
     else:
         if base is None:
             if not reference["source"]:
-                raise CheckpointError(f"{folder}: the graft does not say where its base came from; give base=")
+                raise CheckpointError(
+                    f"{folder}: the graft does not say where its base came from; give base="
+                )
             base = reference["source"]
         if isinstance(base, str):
             source, base = base, load_model(base, num_heads=manifest["architecture"].get("num_heads"))
@@ -153,7 +159,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest["tensors"].get("sha256"), str):
         raise CheckpointError(f"{path}: key 'tensors' has no hash")
     base = manifest["base"]
-    if base is not None and not (isinstance(base.get("sha256"), str) and isinstance(base.get("source"), (str, type(None)))):
+    if base is not None and not (
+        isinstance(base.get("sha256"), str) and isinstance(base.get("source"), (str, type(None)))
+    ):
         raise CheckpointError(f"{path}: key 'base' needs a hash and a source")
     if not all(isinstance(v, str) for v in manifest["operators"].values()):
         raise CheckpointError(f"{path}: key 'operators' maps names to packages")

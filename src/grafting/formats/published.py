@@ -7,6 +7,7 @@ A published grafted file stores no plan: it is read off the keys and shapes insi
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from grafting.plan import GraftPlan, Replace
 from grafting.surgery import GraftRecord, graft, record_of, set_record
 
 _SEAMS = {"attn": "mha", "mlp": "mlp"}
+_DONOR = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
+_IN_SEAM = re.compile(r"blocks\.\d+\.((?:attn|mlp)\..+)")
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,27 @@ def _with_bias(*stems: str) -> frozenset[str]:
 _READINGS = {
     "mha": (
         _Reading("mha", _with_bias("qkv", "proj"), lambda s, width, window: {}),
-        _Reading("hyena_se", _with_bias("in_proj", "short_filter", "inner_filter", "out_proj"), _filters("short_filter.weight")),
+        _Reading(
+            "hyena_se",
+            _with_bias("in_proj", "short_filter", "inner_filter", "out_proj"),
+            _filters("short_filter.weight"),
+        ),
         _Reading("hyena_x", _with_bias("in_proj", "short_filter", "out_proj"), _filters("short_filter.weight")),
         _Reading("hyena_y", _with_bias("in_proj", "inner_filter", "out_proj"), _filters("inner_filter.weight")),
         _Reading("swa", _with_bias("Wqkv", "out_proj"), lambda s, width, window: {"window": window}),
         _Reading(
             "mamba2",
-            frozenset({"dt_bias", "A_log", "D", "conv1d.weight", "conv1d.bias", "in_proj.weight", "norm.weight", "out_proj.weight"}),
+            frozenset({"dt_bias", "A_log", "D", "norm.weight", "in_proj.weight", "out_proj.weight"})
+            | _with_bias("conv1d"),
             _mamba2,
         ),
     ),
     "mlp": (
-        _Reading("mlp", _with_bias("fc1", "fc2"), lambda s, width, window: {"ratio": _ratio(s["fc1.weight"][0], width)}),
+        _Reading(
+            "mlp",
+            _with_bias("fc1", "fc2"),
+            lambda s, width, window: {"ratio": _ratio(s["fc1.weight"][0], width)},
+        ),
         _Reading(
             "mlp_hyena_x",
             _with_bias("in_proj", "short_filter", "out_proj"),
@@ -86,27 +98,39 @@ def _ratio(hidden: int, width: int) -> float:
 def read_state(path: str | Path) -> weights.Tensors:
     """The state dict in a published `.pt` (key `ema`, else `model`, else the file itself)."""
     path = Path(path)
-    content: Any = weights.read_safetensors(path) if path.suffix == ".safetensors" else weights.read_pickled(path)
+    content: Any = (
+        weights.read_safetensors(path) if path.suffix == ".safetensors" else weights.read_pickled(path)
+    )
     for key in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{str(path)!r} holds no state dict: expected the keys 'ema' or 'model', or bare tensors")
+        raise CheckpointError(
+            f"{str(path)!r} holds no state dict: expected the keys 'ema' or 'model', or bare tensors"
+        )
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{str(path)!r}: entry {str(name)[:60]!r} is not a tensor; expected a state dict")
+            raise CheckpointError(
+                f"{str(path)!r}: entry {str(name)[:60]!r} is not a tensor; expected a state dict"
+            )
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def infer_plan(state: Mapping[str, Tensor], config: DiTConfig, *, window: int = 4, where: str = "checkpoint") -> GraftPlan:
+def infer_plan(
+    state: Mapping[str, Tensor], config: DiTConfig, *, window: int = 4, where: str = "checkpoint"
+) -> GraftPlan:
     """The plan that a published grafted state dict was made with, off its keys and shapes. May be empty."""
     found: dict[tuple[str, str, str], list[int]] = {}
     readings: dict[tuple[str, str, str], tuple[str, str, dict[str, Any]]] = {}
     for layer in block_numbers(state):
         for seam, target in _SEAMS.items():
             prefix = f"blocks.{layer}.{seam}."
-            shapes = {name[len(prefix):]: list(tensor.shape) for name, tensor in state.items() if name.startswith(prefix)}
+            shapes = {
+                name[len(prefix) :]: list(tensor.shape)
+                for name, tensor in state.items()
+                if name.startswith(prefix)
+            }
             reading = next((r for r in _READINGS[target] if r.names == frozenset(shapes)), None)
             if reading is None:
                 raise CheckpointError(f"{where}: {prefix[:-1]}: {_nearest(target, shapes)}")
@@ -123,7 +147,9 @@ def infer_plan(state: Mapping[str, Tensor], config: DiTConfig, *, window: int = 
         try:
             settings = operators.config_of(operator, settings)
         except GraftError as error:
-            raise CheckpointError(f"{where}: blocks.{layers[0]}: shapes that fit no '{operator}': {error}") from None
+            raise CheckpointError(
+                f"{where}: blocks.{layers[0]}: shapes that fit no '{operator}': {error}"
+            ) from None
         entries.append(Replace(target, layers, operator, settings, init="random"))
     return GraftPlan(entries) if entries else GraftPlan.empty()
 
@@ -154,9 +180,11 @@ def load_published(path: str | Path, *, num_heads: int | None = None) -> DiT:
     where = str(path)
     state = read_state(path)
     config = infer_config(state, num_heads=num_heads, where=where)
-    ours = {name for layer in range(config.depth) for seam, parts in (("attn", ("qkv", "proj")), ("mlp", ("fc1", "fc2")))
-            for part in parts for name in (f"blocks.{layer}.{seam}.{part}.weight", f"blocks.{layer}.{seam}.{part}.bias")}  # fmt: skip
-    foreign = [n for n in state if (".attn." in n or ".mlp." in n) and n.startswith("blocks.") and n not in ours]
+    donors = tuple(f"{seam}.{part}." for seam, parts in _DONOR.items() for part in parts)
+    inside = [
+        name for name in state if (match := _IN_SEAM.fullmatch(name)) and not match[1].startswith(donors)
+    ]
+    foreign = inside[:1]
     if foreign:
         raise CheckpointError(
             f"{where}: holds operators that a DiT does not have (such as {foreign[0]!r}): "

@@ -62,7 +62,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return data
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors whole or not at all (temporary file, fsync, rename)."""
     from safetensors.torch import save
 

@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from grafting import operators
 from grafting.errors import GraftError
 
-_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
-_NAME = re.compile(r"DiT-(?P<size>S|B|L|XL)/(?P<patch>2|4|8)(?:-(?P<pixels>256|512))?(?:-D(?P<depth>[1-9]\d{0,2}))?")
+_SIZES = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}  # depth, width, heads
+_NAME = re.compile(
+    r"DiT-(?P<size>S|B|L|XL)/(?P<patch>2|4|8)(?:-(?P<pixels>256|512))?(?:-D(?P<depth>[1-9]\d{0,2}))?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +46,9 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
             if not isinstance(value, bool) and not 0 < value < 2**20:
-                raise GraftError(f"DiT: {field}={value!r} is out of range; it is a positive number below {2**20}")
+                raise GraftError(
+                    f"DiT: {field}={value!r} is out of range; it is a positive number below {2**20}"
+                )
         if self.hidden_size % self.num_heads:
             raise GraftError(
                 f"DiT: width {self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
@@ -126,7 +135,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t, self.frequency_dim).to(self.mlp[0].weight.dtype))
+        features = timestep_features(t, self.frequency_dim)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -158,14 +168,20 @@ class DiTBlock(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = operators.build("mha", dim=width, num_heads=config.num_heads, num_tokens=config.num_tokens)
+        self.attn = operators.build(
+            "mha", dim=width, num_heads=config.num_heads, num_tokens=config.num_tokens
+        )
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = operators.build("mlp", dim=width, num_tokens=config.num_tokens, ratio=config.mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, taps: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c: Tensor, taps: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
+    ) -> Tensor:
         """x [B, N, D], c [B, D] -> [B, N, D]. `taps` collects (input, output, gate [B, 1, D]) of both operators."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # [B, D] each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )  # [B, D] each
         h = modulate(self.norm1(x), shift_a, scale_a)
         a = self.attn(h)
         x = torch.addcmul(x, gate_a.unsqueeze(1), a)
@@ -219,12 +235,13 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
-        for weight in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(weight.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-        for layer in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        for name, weight in self.named_parameters():
+            if name.endswith("embedding_table.weight") or (
+                name.startswith("t_embedder") and weight.ndim == 2
+            ):
+                nn.init.normal_(weight, std=0.02)
+            elif name.endswith("adaLN_modulation.1.weight") or name == "final_layer.linear.weight":
+                nn.init.zeros_(weight)
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
         """[B] timesteps and [B] classes -> [B, D]."""

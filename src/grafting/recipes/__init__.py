@@ -97,13 +97,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PRESETS["paper-code"] = {
     **PRESETS["paper"],
-    "distill": {**PRESETS["paper"]["distill"], "lr": 5e-4, "schedule": "halving", "halve_at": [0.25, 0.5, 0.75]},
+    "distill": {
+        **PRESETS["paper"]["distill"],
+        "lr": 5e-4,
+        "schedule": "halving",
+        "halve_at": [0.25, 0.5, 0.75],
+    },
 }
 
 
 def packaged() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(Path(str(entry)).stem for entry in files("grafting.recipes").iterdir() if str(entry).endswith(".yaml"))
+    return sorted(
+        Path(str(entry)).stem for entry in files("grafting.recipes").iterdir() if str(entry).endswith(".yaml")
+    )
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -152,7 +159,9 @@ def _override(data: dict[str, Any], text: str) -> None:
         if not isinstance(below, dict):
             raise RunError(f"--set {text!r}: {part!r} is not a mapping")
         target = below
-    target[parts[-1]] = load_yaml(value if value.strip() else "null", "--set", RunError) if "\n" in value else _scalar(value)
+    target[parts[-1]] = (
+        load_yaml(value if value.strip() else "null", "--set", RunError) if "\n" in value else _scalar(value)
+    )
 
 
 def _scalar(value: str) -> Any:

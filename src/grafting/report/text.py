@@ -51,5 +51,7 @@ def results_table(folder: Path) -> str:
     if not path.is_file():
         return ""
     metrics = json.loads(path.read_text())["comparison"]["metrics"]
-    rows = [{"": name, "teacher": m["a"], "student": m["b"], "ratio": m["ratio"]} for name, m in metrics.items()]
+    rows = [
+        {"": name, "teacher": m["a"], "student": m["b"], "ratio": m["ratio"]} for name, m in metrics.items()
+    ]
     return table(("", "teacher", "student", "ratio"), rows)

@@ -25,7 +25,13 @@ class ActivationCache:
     The folder is removed with the object. Per sample and site: 2 N D + D values of two bytes.
     """
 
-    def __init__(self, folder: Path, arrays: dict[str, tuple[np.memmap, np.memmap, np.memmap]], size: int, stage: _Stage):
+    def __init__(
+        self,
+        folder: Path,
+        arrays: dict[str, tuple[np.memmap, np.memmap, np.memmap]],
+        size: int,
+        stage: _Stage,
+    ):
         self.folder, self.arrays, self.size = folder, arrays, size
         self.seed, self.device = stage.config.seed, stage.compute.device
         self.bytes = sum(array.nbytes for triple in arrays.values() for array in triple)
@@ -42,8 +48,8 @@ class ActivationCache:
         limit = min(config.cache_limit_gb * 1e9, 0.9 * free)
         if needed > limit:
             raise RunError(
-                f"mode cached needs {needed / 1e9:.1f} GB on disk for {size} samples at {len(paths)} sites, the limit is "
-                f"{limit / 1e9:.1f} GB; lower cache_samples, raise cache_limit_gb, or use mode one-pass, which stores nothing"
+                f"mode cached needs {needed / 1e9:.1f} GB on disk for {size} samples at {len(paths)} sites, the limit "
+                f"is {limit / 1e9:.1f} GB; lower cache_samples, raise cache_limit_gb, or use mode one-pass"
             )
         folder = Path(tempfile.mkdtemp(prefix="grafting-cache-"))
         arrays = {}
@@ -51,7 +57,9 @@ class ActivationCache:
             tokens, width = sites[path].num_tokens, sites[path].width
             shapes = ((size, tokens, width), (size, tokens, width), (size, 1, width))
             triple = [
-                np.lib.format.open_memmap(folder / f"{number}-{kind}.npy", mode="w+", dtype=np.float16, shape=shape)
+                np.lib.format.open_memmap(
+                    folder / f"{number}-{kind}.npy", mode="w+", dtype=np.float16, shape=shape
+                )
                 for kind, shape in zip(("input", "output", "gate"), shapes, strict=True)
             ]
             arrays[path] = (triple[0], triple[1], triple[2])
@@ -69,12 +77,17 @@ class ActivationCache:
         rows = torch.empty_like(index)
         for epoch in (index // self.size).unique().tolist():
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, draws.permutation(self.seed, "distill/cache", epoch, self.size)
+                self._epoch, self._order = (
+                    epoch,
+                    draws.permutation(self.seed, "distill/cache", epoch, self.size),
+                )
             chosen = index // self.size == epoch
             rows[chosen] = self._order[index[chosen] % self.size]
         picked = rows.numpy()
         return {
-            path: Tap(*(torch.from_numpy(array[picked]).to(self.device).float() for array in self.arrays[path]))
+            path: Tap(
+                *(torch.from_numpy(array[picked]).to(self.device).float() for array in self.arrays[path])
+            )
             for path in paths
         }
 

@@ -53,7 +53,9 @@ class DistillConfig(Optimization):
     fit_samples: Count = 256
     fit_ridge: Positive = 1e-4
     keep_best: bool = True
-    early_stop: Annotated[int, Field(ge=0)] = 4  # validations without progress after which an operator rests; 0: never
+    early_stop: Annotated[int, Field(ge=0)] = (
+        4  # validations without progress after which an operator rests; 0: never
+    )
     early_stop_tolerance: Fraction = 1e-3
     cache_samples: Count = 8000  # mode cached: how many stored activations
     cache_limit_gb: Positive = 50.0  # mode cached: refuse to fill more disk than this
@@ -64,12 +66,16 @@ class FinetuneConfig(Optimization):
 
     steps: Count = 350
     lr: Positive = 5e-4
-    objectives: dict[Literal["diffusion", "output", "features"], Annotated[float, Field(ge=0)]] = {"diffusion": 1.0}
+    objectives: dict[Literal["diffusion", "output", "features"], Annotated[float, Field(ge=0)]] = {
+        "diffusion": 1.0
+    }
     train: Literal["all", "blocks", "operators"] = "all"
     ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
     ema_decay: Fraction | None = None  # a fixed decay instead, such as the paper's 0.9999
     feature_outliers: Fraction = 1e-3  # share of the largest teacher activations that `features` leaves out
-    max_bad_steps: Annotated[int, Field(ge=0)] = 10  # steps in a row with non-finite gradients that are skipped
+    max_bad_steps: Annotated[int, Field(ge=0)] = (
+        10  # steps in a row with non-finite gradients that are skipped
+    )
 
     @model_validator(mode="after")
     def _some_objective(self) -> FinetuneConfig:

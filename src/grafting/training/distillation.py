@@ -137,7 +137,9 @@ class _Stage:
             train, family, teacher, seed=config.seed, purpose=STAGE,
             label_dropout=config.label_dropout, device=compute.device,
         )  # fmt: skip
-        self.validation = held_out(self.batches, validation, config.batch_size) if validation is not None else []
+        self.validation = (
+            held_out(self.batches, validation, config.batch_size) if validation is not None else []
+        )
 
     def _loss_of(self, entry: Replace) -> str:
         if entry.loss == "auto":
@@ -227,14 +229,18 @@ class _Stage:
         means = {path: torch.stack(values).mean().item() for path, values in losses.items()}
         lr = learning_rate(self.config, step - 1)
         self.journal.log({"stage": STAGE, "step": step, "lr": lr, "loss": means})
-        bad = [path for path, value in means.items() if value != value or value in (float("inf"), float("-inf"))]
+        bad = [
+            path for path, value in means.items() if value != value or value in (float("inf"), float("-inf"))
+        ]
         if bad:
             raise DivergedError(
-                f"stage 1 diverged: the loss of {bad[0]} is not finite at step {step}; the last good checkpoint is kept; "
-                f"lower lr (now {self.config.lr:g}) or use precision fp32"
+                f"stage 1 diverged: the loss of {bad[0]} is not finite at step {step}; the last good checkpoint "
+                f"is kept; lower lr (now {self.config.lr:g}) or use precision fp32"
             )
         mean = sum(means.values()) / max(1, len(means))
-        self.journal.progress(STAGE, step, self.config.steps, f"loss {mean:.4f}, {len(means)} operators, ETA {clock.eta(step)}")
+        self.journal.progress(
+            STAGE, step, self.config.steps, f"loss {mean:.4f}, {len(means)} operators, ETA {clock.eta(step)}"
+        )
 
     @torch.no_grad()
     def errors(self, operators_by_path: Mapping[str, nn.Module] | None = None) -> dict[str, float]:
@@ -258,7 +264,9 @@ class _Stage:
         found: dict[str, dict[str, float]] = {}
         by_entry = {path: entry for path, (_, entry) in self.sites.items()}
         random = {
-            pupil.path: make_operator(self.family, donors[pupil.path], by_entry[pupil.path], seed, init="random")
+            pupil.path: make_operator(
+                self.family, donors[pupil.path], by_entry[pupil.path], seed, init="random"
+            )
             for pupil in self.pupils
         }
         found["random"] = self.errors(random)
@@ -310,10 +318,16 @@ class _Stage:
             pupil.stale = 0 if progress else pupil.stale + 1
             if config.early_stop and pupil.stale >= config.early_stop and step < config.steps:
                 pupil.rested_at = step
-                self.journal.log({"stage": STAGE, "step": step, "event": "rest", "path": pupil.path, "error": pupil.best})
+                self.journal.log(
+                    {"stage": STAGE, "step": step, "event": "rest", "path": pupil.path, "error": pupil.best}
+                )
 
     def _checkpoint(
-        self, step: int, optimizer: torch.optim.Optimizer, start_error: dict[str, dict[str, float]], seconds: float
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        start_error: dict[str, dict[str, float]],
+        seconds: float,
     ) -> None:
         if not self.compute.is_main:
             return
@@ -342,7 +356,8 @@ class _Stage:
         """Teacher passes up to the last site, and three operator passes (forward, backward twice) per visit."""
         passes = self.family.flops_per_image(self.teacher)
         cost = sum(
-            operators.cost_of(p.operator, num_tokens=p.site.num_tokens, dim=p.site.width).total for p in self.pupils
+            operators.cost_of(p.operator, num_tokens=p.site.num_tokens, dim=p.site.width).total
+            for p in self.pupils
         )
         teacher = self.config.cache_samples if self.config.mode == "cached" else visits
         return passes * teacher + 3 * cost * visits

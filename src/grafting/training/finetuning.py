@@ -69,7 +69,7 @@ def finetune(
     Raises RunError (objective without its teacher), PlanError (nothing to train), DataError, DivergedError.
     """
     config = settings(FinetuneConfig, config, "finetune")
-    wanted = [name for name in ("output", "features") if config.objectives.get(name, 0) > 0]  # type: ignore[call-overload]
+    wanted = [name for name in ("output", "features") if config.objectives.get(name, 0) > 0]
     if wanted and teacher is None:
         raise RunError(f"finetune: objective '{wanted[0]}' matches the teacher; give teacher=")
     family = family_and_model(student, teacher)
@@ -88,7 +88,9 @@ def trained_parameters(family: Family, student: nn.Module, what: str) -> dict[st
     sites = edited_sites(student)
     fixed = tuple(f"{path}." for path, (_, entry) in sites.items() if not entry.train)
     parameters = {
-        name: p for name, p in student.named_parameters() if p.requires_grad and not name.startswith(fixed or ("\0",))
+        name: p
+        for name, p in student.named_parameters()
+        if p.requires_grad and not name.startswith(fixed or ("\0",))
     }
     if what == "all":
         return parameters
@@ -117,14 +119,20 @@ class _Stage:
             train, family, student, seed=config.seed, purpose=STAGE,
             label_dropout=config.label_dropout, device=compute.device,
         )  # fmt: skip
-        self.held_out = held_out(self.batches, validation, config.batch_size) if validation is not None else []
+        self.held_out = (
+            held_out(self.batches, validation, config.batch_size) if validation is not None else []
+        )
         self.layers = tuple(range(family.num_layers(student)))
         horizon = max(1.0, config.ema_horizon * config.steps)
         self.decay = config.ema_decay if config.ema_decay is not None else 1 - 1 / horizon
 
     def run(self) -> FinetuneResult:
         config, compute = self.config, self.compute
-        frozen = [p for p in self.student.parameters() if p.requires_grad and not any(p is q for q in self.parameters.values())]
+        frozen = [
+            p
+            for p in self.student.parameters()
+            if p.requires_grad and not any(p is q for q in self.parameters.values())
+        ]
         for parameter in frozen:
             parameter.requires_grad_(False)
         self.student.train()
@@ -147,7 +155,12 @@ class _Stage:
                     self.parameters[name].copy_(value)
             ema.values = {name: value.to(compute.device) for name, value in state["ema"].items()}
             optimizer.load_state_dict(state["optimizer"])
-            first, seconds, skipped, in_a_row = state["step"], state["seconds"], state["skipped"], state["in_a_row"]
+            first, seconds, skipped, in_a_row = (
+                state["step"],
+                state["seconds"],
+                state["skipped"],
+                state["in_a_row"],
+            )
             validation = state["validation"]
         elif self.held_out:
             validation[0] = self._validate(ema)
@@ -170,12 +183,19 @@ class _Stage:
             optimizer.zero_grad()
             window.append((loss, terms, norm))
             done = step + 1
-            if in_a_row > config.max_bad_steps or done % config.log_every == 0 or done % config.checkpoint_every == 0 or done == config.steps:
+            if (
+                in_a_row > config.max_bad_steps
+                or done % config.log_every == 0
+                or done % config.checkpoint_every == 0
+                or done == config.steps
+            ):
                 self._log(done, window, clock, in_a_row > config.max_bad_steps)
                 window = []
             if self.held_out and (done % config.validate_every == 0 or done == config.steps):
                 validation[done] = self._validate(ema)
-                self.journal.log({"stage": STAGE, "step": done, "event": "validation", "loss": validation[done]})
+                self.journal.log(
+                    {"stage": STAGE, "step": done, "event": "validation", "loss": validation[done]}
+                )
             if done % config.checkpoint_every == 0 or done == config.steps:
                 self._checkpoint(done, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row)
 
@@ -207,7 +227,9 @@ class _Stage:
         self.compute.sum_gradients(parameters)
         return loss.detach(), terms, nn.utils.clip_grad_norm_(parameters, self.config.clip)
 
-    def _log(self, step: int, window: list[tuple[Tensor, dict[str, Tensor], Tensor]], clock: Clock, bad: bool) -> None:
+    def _log(
+        self, step: int, window: list[tuple[Tensor, dict[str, Tensor], Tensor]], clock: Clock, bad: bool
+    ) -> None:
         loss = torch.stack([entry[0] for entry in window]).mean().item()
         norm = torch.stack([entry[2] for entry in window]).max().item()
         terms = {name: torch.stack([e[1][name] for e in window]).mean().item() for name in window[0][1]}
@@ -222,7 +244,9 @@ class _Stage:
             "grad_norm": finite_norm,
         })  # fmt: skip
         rate = (step - clock.first) * self.config.batch_size / max(clock.seconds, 1e-9)
-        self.journal.progress(STAGE, step, self.config.steps, f"loss {loss:.4f}, {rate:.0f} images/s, ETA {clock.eta(step)}")
+        self.journal.progress(
+            STAGE, step, self.config.steps, f"loss {loss:.4f}, {rate:.0f} images/s, ETA {clock.eta(step)}"
+        )
 
     @torch.no_grad()
     def _validate(self, ema: EMA) -> float:
@@ -255,6 +279,6 @@ class _Stage:
 
     def _flops(self, visits: int) -> float:
         """Three student passes (forward, backward twice) per visit, and one of the teacher where it is matched."""
-        matches = any(self.config.objectives.get(name, 0) > 0 for name in ("output", "features"))  # type: ignore[call-overload]
+        matches = any(self.config.objectives.get(name, 0) > 0 for name in ("output", "features"))
         teacher = self.family.flops_per_image(self.teacher) if matches and self.teacher is not None else 0.0
         return visits * (3 * self.family.flops_per_image(self.student) + teacher)

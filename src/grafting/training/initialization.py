@@ -35,9 +35,11 @@ def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: 
             z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
         else:
             z = torch.cat([z, torch.zeros_like(z[:, :1])], dim=1)
-        residual = tap.output.reshape(-1, width).to(double) - readout(z[:, :-1].to(readout.weight.dtype)).to(double)
-        normal += z.T @ z
-        target += z.T @ residual
+        residual = tap.output.reshape(-1, width).to(double) - readout(z[:, :-1].to(readout.weight.dtype)).to(
+            double
+        )
+        normal = torch.addmm(normal, z.T, z)
+        target = torch.addmm(target, z.T, residual)
     scale = normal.diagonal()[:-1].mean()
     damping = torch.full((features + 1,), float(ridge), dtype=double, device=device) * scale
     damping[-1] = 0 if readout.bias is not None else 1.0

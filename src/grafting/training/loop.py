@@ -80,7 +80,6 @@ class Batches:
         self, data: DataSource, family: Family, model: nn.Module, *, seed: int, purpose: str,
         label_dropout: float, device: torch.device,
     ) -> None:  # fmt: skip
-        channels, height, _ = family.sample_shape(model)
         classes = family.num_classes(model)
         if tuple(data.shape) != tuple(family.sample_shape(model)):
             raise DataError(
@@ -89,7 +88,8 @@ class Batches:
             )
         if classes is not None and data.num_classes > classes:
             raise DataError(
-                f"data '{data.name}' has {data.num_classes} classes, the model knows {classes}; give data of its classes"
+                f"data '{data.name}' has {data.num_classes} classes, the model knows {classes}; "
+                "give data of its classes"
             )
         self.data, self.family, self.model = data, family, model
         self.seed, self.purpose, self.label_dropout, self.device = seed, purpose, label_dropout, device
@@ -182,7 +182,9 @@ class EMA:
     def update(self, parameters: Mapping[str, Tensor], step: int) -> None:
         """After optimizer step number `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), [parameters[name] for name in self.values], 1 - decay)
+        torch._foreach_lerp_(
+            list(self.values.values()), [parameters[name] for name in self.values], 1 - decay
+        )
 
     @torch.no_grad()
     def swap(self, parameters: Mapping[str, Tensor]) -> None:

@@ -52,7 +52,9 @@ def mixed_loss(
     if teacher is not None and (use_features or weights.get("output", 0) > 0):
         with torch.no_grad():
             if use_features:
-                reference, reference_features = family.predict_with_features(teacher, batch.x_t, batch.t, batch.cond, layers)
+                reference, reference_features = family.predict_with_features(
+                    teacher, batch.x_t, batch.t, batch.cond, layers
+                )
             else:
                 reference = family.predict(teacher, batch.x_t, batch.t, batch.cond)
     if use_features:
