@@ -51,7 +51,7 @@ def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: 
         return False
     readout.weight += update[:-1].T.to(readout.weight.dtype)
     if readout.bias is not None:
-        readout.bias += update[-1].to(readout.bias.dtype)
+        readout.bias.add_(update[-1].to(readout.bias.dtype))
     return True
 
 
