@@ -79,7 +79,7 @@ class DiTFamily(Family):
         last = max((int(path.split(".")[1]) for path in wanted), default=-1)
         with torch.no_grad():
             h, c = _enter(model, x, t, cond)
-            for layer, block in enumerate(model.blocks[: last + 1]):
+            for layer, block in enumerate(model.blocks[: last + 1]):  # type: ignore[index]
                 seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
                 h = block(h, c, seen)
                 for attribute, values in seen.items():
