@@ -14,11 +14,30 @@ from grafting.operators.base import AttentionDonor, Cost, Donor, Operator, assig
 from grafting.operators.registry import register
 
 
+SHORT = 128  # keys; below, the fused kernel's overhead on CPUs outweighs what it saves
+
+
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, 3D] -> three times [B, H, N, D / H]."""
     batch, num_tokens, width = qkv.shape
     q, k, v = qkv.view(batch, num_tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     return q, k, v
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over the keys that `mask` allows: q, k, v [B, H, N, d] -> [B, H, N, d].
+
+    PyTorch's fused attention, but for short sequences on CPUs: there two matrix products are quicker (measured at 64
+    tokens: forward 1.4 times in fp32, forward and backward 4 times in bf16).
+    """
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    short = q.device.type == "cpu" and k.shape[2] <= SHORT
+    if not short or (q.dtype == torch.bfloat16 and not training):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.matmul(scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype), v)
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -29,7 +48,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """
     batch, heads, num_tokens, width = q.shape
     if window >= num_tokens - 1:
-        return F.scaled_dot_product_attention(q, k, v)
+        return softmax_attention(q, k, v)
     block = max(16, 2 * window)
     num_blocks = -(-num_tokens // block)
     padding = num_blocks * block - num_tokens
@@ -45,11 +64,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     # A padding query sees padding keys, so that no row of the softmax is empty.
     allowed = (keys - queries).abs() <= window
     allowed &= ((keys >= 0) & (keys < num_tokens)) | (queries >= num_tokens)
-    y = F.scaled_dot_product_attention(
+    y = softmax_attention(
         q.flatten(0, 1),
         blocks_of_keys(k).flatten(0, 1),
         blocks_of_keys(v).flatten(0, 1),
-        attn_mask=allowed[:, None].repeat(batch, 1, 1, 1),
+        mask=allowed[:, None].repeat(batch, 1, 1, 1),
     )  # [B * blocks, H, block, d]
     y = y.view(batch, num_blocks, heads, block, width).transpose(1, 2)
     return y.reshape(batch, heads, num_blocks * block, width)[:, :, :num_tokens]
@@ -86,7 +105,7 @@ class MultiHeadAttention(Operator):
 
     def mix(self, x: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(x), self.num_heads)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return softmax_attention(q, k, v).transpose(1, 2).flatten(2)
 
     def cost(self, num_tokens: int) -> Cost:
         dim = self.proj.out_features
