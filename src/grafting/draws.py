@@ -40,7 +40,8 @@ def _bits(seed: int, purpose: str, index: Tensor, count: int) -> Tensor:
 
 def _unit(bits: Tensor) -> Tensor:
     """The upper 24 of 32 bits -> float32 in the open interval (0, 1)."""
-    return (((bits >> 8) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    unit = (((bits >> 8) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    return unit.clamp_max(1 - 2.0**-24)  # float32 rounds the last of them up to 1
 
 
 def uniform(seed: int, purpose: str, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:

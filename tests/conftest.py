@@ -1,0 +1,81 @@
+"""What several test files share: the reference tensors, and a tiny DiT with tiny data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grafting.data import ImageLabelDataset
+from grafting.models.dit import DiT, DiTConfig
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TINY = DiTConfig(
+    input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=4, num_heads=4, num_classes=4
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but for one of diffusers under NumPy 2 that it will have to mend itself."""
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors here are tiny: threads only get in each other's way."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, Tensor]:
+    """Tensors of the published code."""
+    return load_file(FIXTURES / "dit.safetensors")
+
+
+def tiny_dit(seed: int = 0, **changes: Any) -> DiT:
+    """A small DiT whose every weight is drawn, so that no block is the identity."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = DiT(DiTConfig(**{**TINY.to_dict(), **changes}))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.15)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> DiT:
+    return tiny_dit()
+
+
+@pytest.fixture(scope="session")
+def data() -> ImageLabelDataset:
+    """Eighty smooth images in four classes."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(80) % 4
+    ramp = torch.linspace(-1, 1, 8)
+    x = ramp[None, :] * (y[:, None] - 1.5)[:, :, None] * 0.4 + 0.2 * torch.randn(
+        80, 8, 8, generator=generator
+    )
+    return ImageLabelDataset(x.clamp(-1, 1).unsqueeze(1), y, name="tiny", num_classes=4)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """L2 norm of the difference over L2 norm of what was wanted."""
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def prediction(model: torch.nn.Module, seed: int = 3) -> Tensor:
+    """A prediction on fixed inputs, to compare models by."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    x = torch.randn(3, config.in_channels, config.input_size, config.input_size, generator=generator)
+    with torch.no_grad():
+        return model(x, torch.tensor([0, 400, 999]), torch.tensor([0, 1, config.num_classes]))
+
+
+__all__ = ["FIXTURES", "TINY", "prediction", "relative", "tiny_dit"]
