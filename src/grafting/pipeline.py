@@ -21,7 +21,7 @@ from grafting.errors import RunError
 from grafting.evaluation import compare, evaluate
 from grafting.families import family_of
 from grafting.formats import weights
-from grafting.formats.graft_folder import is_graft_folder
+from grafting.formats.graft_folder import is_graft_folder, save_graft
 from grafting.generation import generate
 from grafting.loading import load_model, pretraining_visits
 from grafting.recipes import Recipe
@@ -42,6 +42,7 @@ class Pipeline:
     run: RunFolder
     device: str = "cpu"
     dtype: torch.dtype | None = None
+    keep_stage_1: bool = False  # leave a copy of the student after stage 1 in stage-1/
     _teacher: nn.Module | None = None
     _data: DataSource | None = None
 
@@ -110,12 +111,15 @@ class Pipeline:
         student = self.student()
         with self.run.stoppable():
             result = work(student).to_dict()
-        result |= self._share_of_pretraining(result["flops"])
+        result |= self.share_of_pretraining(result["flops"])
         self.run.save_student(student)
+        if stage == "distill" and self.keep_stage_1:
+            save_graft(student, self.run.path / "stage-1")
         self.run.finish(stage, result)
         return result
 
-    def _share_of_pretraining(self, flops: float) -> dict[str, Any]:
+    def share_of_pretraining(self, flops: float) -> dict[str, Any]:
+        """The cost of a stage against the teacher's pretraining (3 passes a visit), where that is known."""
         visits = (
             self.recipe.pretraining.image_visits
             if self.recipe.pretraining
@@ -133,6 +137,8 @@ class Pipeline:
         models = {"teacher": self.teacher, "student": self.student()}
         for who, model in models.items():
             started = time.perf_counter()
+            if who == "teacher" and (self.run.path / "samples" / "teacher.npz").is_file():
+                continue  # drawn by an earlier attempt or row: files appear whole or not at all
             generate(
                 model, self.run.path / "samples" / f"{who}.npz", seed=self.recipe.seed, **config.model_dump(),
                 describe={"model": who},

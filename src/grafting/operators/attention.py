@@ -13,7 +13,6 @@ from grafting.errors import OperatorError
 from grafting.operators.base import AttentionDonor, Cost, Donor, Operator, assign, linear, num_params
 from grafting.operators.registry import register
 
-
 SHORT = 128  # keys; below, the fused kernel's overhead on CPUs outweighs what it saves
 
 

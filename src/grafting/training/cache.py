@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ class ActivationCache:
         self.folder, self.arrays, self.size = folder, arrays, size
         self.seed, self.device = stage.config.seed, stage.compute.device
         self.bytes = sum(array.nbytes for triple in arrays.values() for array in triple)
+        self.seconds = 0.0  # that collecting took
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     @classmethod
@@ -63,6 +65,7 @@ class ActivationCache:
                 for kind, shape in zip(("input", "output", "gate"), shapes, strict=True)
             ]
             arrays[path] = (triple[0], triple[1], triple[2])
+        started = time.perf_counter()
         cache = cls(folder, arrays, size, stage)
         for rows in torch.arange(size).split(config.batch_size):
             taps = stage.taps(stage.batches.at(rows), paths)
@@ -70,6 +73,7 @@ class ActivationCache:
                 gate = tap.gate if tap.gate is not None else torch.ones_like(tap.output[:, :1])
                 for array, values in zip(arrays[path], (tap.input, tap.output, gate), strict=True):
                     array[rows[0] : rows[-1] + 1] = values.half().cpu().numpy()
+        cache.seconds = time.perf_counter() - started
         return cache
 
     def at(self, index: Tensor, paths: list[str]) -> dict[str, Tap]:

@@ -61,6 +61,8 @@ class DistillResult:
     image_visits: int
     flops: float
     seconds: float
+    extraction_seconds: float = 0.0  # mode cached: of the teacher pass that filled the cache
+    cache_bytes: int = 0  # mode cached: its size on disk
     rested: dict[str, int] = field(default_factory=dict)  # path -> step at which it stopped early
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,6 +195,8 @@ class _Stage:
             image_visits=visits,
             flops=self._flops(visits),
             seconds=seconds + clock.seconds,
+            extraction_seconds=cache.seconds if cache else 0.0,
+            cache_bytes=cache.bytes if cache else 0,
             rested={pupil.path: pupil.rested_at for pupil in pupils if pupil.rested_at is not None},
         )
 

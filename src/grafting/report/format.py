@@ -1,0 +1,131 @@
+"""Numbers, sizes and times as a person reads them on a page, and tolerant access to data of unknown shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+MISSING = "–"
+_SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def finite(value: Any) -> float | None:
+    """The value as a finite float, or None for anything else (booleans, text, NaN, infinities)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def sequence(value: Any) -> list[Any]:
+    """The value as a list if it is a list or tuple, else an empty one."""
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def pair(value: Any) -> tuple[float | None, float | None]:
+    """The two numbers of a [before, after] list; None for what is missing."""
+    items = sequence(value)
+    return (finite(items[0]), finite(items[1])) if len(items) == 2 else (None, None)
+
+
+def significant(value: Any, digits: int = 4) -> str:
+    """A number to so many significant digits, without an exponent between 0.0001 and a million."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    if number == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(number)))
+    if not -5 < magnitude < 6:
+        mantissa, exponent = f"{number:.{max(0, digits - 2)}e}".split("e")
+        return _minus(f"{mantissa}e{int(exponent)}")
+    return _minus(f"{number:,.{max(0, digits - 1 - magnitude)}f}")
+
+
+def si(value: Any, unit: str = "") -> str:
+    """A count with an SI prefix: 3.66 M, 331 MFLOPs."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    for scale, prefix in _SCALES:
+        if abs(number) >= scale:
+            return f"{significant(number / scale, 3)} {prefix}{unit}"
+    return f"{significant(number, 3)} {unit}".rstrip()
+
+
+def count(value: Any) -> str:
+    """A whole number with its thousands apart."""
+    number = finite(value)
+    return MISSING if number is None else _minus(f"{number:,.0f}")
+
+
+def percent(fraction: Any, digits: int = 3) -> str:
+    """A share as per cent: 0.0416 %."""
+    number = finite(fraction)
+    return MISSING if number is None else f"{significant(100 * number, digits)} %"
+
+
+def change(fraction: Any) -> str:
+    """A relative change as per cent with its sign, two digits after the point as in the paper's tables."""
+    number = finite(fraction)
+    if number is None:
+        return MISSING
+    text = f"{100 * number:+.2f}"
+    return f"{_minus(text)} %" if float(text) else "0 %"
+
+
+def relative(before: Any, after: Any) -> float | None:
+    """(after - before) / before, or None."""
+    old, new = finite(before), finite(after)
+    return (new - old) / old if old and new is not None else None
+
+
+def ratio(value: Any) -> str:
+    """A quotient: 1.15×."""
+    number = finite(value)
+    return MISSING if number is None else f"{significant(number, 3)}×"
+
+
+def duration(seconds: Any) -> str:
+    """A time: 0.8 s, 48 s, 2 min 57 s, 3 h 05 min."""
+    number = finite(seconds)
+    if number is None or number < 0:
+        return MISSING
+    if number < 9.95:
+        return f"{number:.1f} s"
+    whole = round(number)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600:,} h {whole // 60 % 60:02} min"
+
+
+def ranges(layers: Iterable[Any]) -> str:
+    """Layer numbers, runs shortened and an even stride named: 0–3, 7; 1, 3, …, 27."""
+    numbers = sorted({layer for layer in layers if isinstance(layer, int) and not isinstance(layer, bool)})
+    if len(numbers) > 6:
+        steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+        if len(steps) == 1 and steps != {1}:
+            return f"{numbers[0]}, {numbers[1]}, …, {numbers[-1]}"
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    words = [f"{part[0]}–{part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts]
+    return ", ".join(words)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

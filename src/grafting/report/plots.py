@@ -1,0 +1,240 @@
+"""Plots as SVG inside the page: drawn by matplotlib's object interface, coloured by the page's style sheet.
+
+Matplotlib draws in stand-in colours that are then replaced by the page's variables, so that one drawing is right in
+light and dark. No text that comes from a file gets into a drawing except labels of points, which are escaped by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grafting.report.format import finite
+from grafting.report.html import Html, clean, el
+
+INK, SOFT, AXIS, GRID, PAPER = "ink", "soft", "axis", "grid", "paper"
+TEACHER, STUDENT, THIRD, FOURTH, ALARM = "teacher", "student", "third", "fourth", "alarm"
+_NAMES = (INK, SOFT, AXIS, GRID, PAPER, TEACHER, STUDENT, THIRD, FOURTH, ALARM)
+_STAND_IN = {name: f"#0{number:x}0b0c" for number, name in enumerate(_NAMES, 1)}
+_RAMP = (
+    (61, 106, 166),
+    (141, 100, 150),
+    (208, 120, 50),
+)  # first block to last; told apart by the colour blind too
+MAX_POINTS = 600
+MAX_TOTAL_POINTS = 6000
+_TEXT_SIZE = 8.5
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points (x, y), a colour (a name of the style sheet or #rrggbb), marks at some of the points."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str = STUDENT
+    dashed: bool = False
+    faint: bool = False
+    dots: bool = False
+    marks: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One labelled point of a scatter plot, with an optional spread of y."""
+
+    label: str
+    x: float
+    y: float
+    spread: float | None = None
+
+
+def ramp(number: int, total: int) -> str:
+    """Colour of item `number` of `total` in order of depth, #rrggbb."""
+    place = 2 * number / max(1, total - 1)
+    low = min(int(place), 1)
+    mixed = (a + (b - a) * (place - low) for a, b in zip(_RAMP[low], _RAMP[low + 1], strict=True))
+    return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
+
+
+def legend(series: Sequence[Series]) -> Html:
+    """The names of lines as a list that wraps."""
+    return el("ul", [
+        el("li", el("i", style=f"background:{_css(s.color)}", aria_hidden="true"), s.label) for s in series
+    ], class_="legend")  # fmt: skip
+
+
+def spikes(values: Sequence[float], window: int = 20, factor: float = 6.0) -> list[int]:
+    """Positions where a loss jumps above its recent past: median + `factor` robust deviations of the `window` before.
+
+    The deviation is 1.4826 x the median absolute deviation, at least 5 % of the median. The first 5 are never spikes.
+    """
+    from statistics import median
+
+    found = []
+    for i in range(5, len(values)):
+        past = values[max(0, i - window) : i]
+        middle = median(past)
+        deviation = max(1.4826 * median(abs(v - middle) for v in past), 0.05 * abs(middle))
+        if values[i] > middle + factor * deviation:
+            found.append(i)
+    return found
+
+
+def line_plot(
+    series: Sequence[Series], describe: str, *, x_label: str = "step", y_label: str = "", log_y: bool = False,
+    tall: bool = True,
+) -> Html:  # fmt: skip
+    """Lines over steps. describe: what a reader who can't see it is told. A log axis needs positive values."""
+    figure, axes = _axes((4.6, 2.7 if tall else 1.7))
+    limit = max(20, min(MAX_POINTS, MAX_TOTAL_POINTS // max(1, len(series))))
+    if log_y and any(y <= 0 for s in series for y in s.y):
+        log_y = False
+    for line in series:
+        xs, ys = _thin(line.x, line.y, limit)
+        color = _STAND_IN.get(line.color, line.color)
+        axes.plot(
+            xs, ys, color=color, linewidth=0.8 if line.faint else 1.3, alpha=0.55 if line.faint else 1.0,
+            linestyle=(0, (4, 2)) if line.dashed else "-", solid_joinstyle="round",
+            marker="o" if line.dots or len(xs) == 1 else None, markersize=2.6,
+        )  # fmt: skip
+        if line.marks:
+            axes.plot([line.x[i] for i in line.marks], [line.y[i] for i in line.marks], "o", markersize=6,
+                      markerfacecolor="none", markeredgecolor=_STAND_IN[ALARM], markeredgewidth=1.1)  # fmt: skip
+    if log_y:
+        _log_scale(axes)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return _svg(figure, axes, describe)
+
+
+def scatter_plot(points: Sequence[Point], describe: str, *, x_label: str, y_label: str) -> Html:
+    """Labelled points, each with its spread of y where there is one."""
+    figure, axes = _axes((5.6, 3.6))
+    for point in points:
+        if point.spread is not None:
+            axes.errorbar(
+                [point.x], [point.y], yerr=[point.spread], color=_STAND_IN[AXIS], linewidth=0.9, capsize=2
+            )
+        axes.plot([point.x], [point.y], "o", color=_STAND_IN[STUDENT], markersize=4.5)
+    axes.margins(0.12)
+    axes.autoscale_view()
+    _label_points(axes, points)
+    axes.set_xlabel(clean(x_label, 80), parse_math=False)
+    axes.set_ylabel(clean(y_label, 80), parse_math=False)
+    return _svg(figure, axes, describe)
+
+
+def _label_points(axes: Any, points: Sequence[Point]) -> None:
+    """Labels beside their points, on the side that has room, moved down where they would meet another."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float, float]] = []
+    for point in sorted(points, key=lambda p: -p.y):
+        across = (point.x - left) / ((right - left) or 1)
+        up = (point.y - bottom) / ((top - bottom) or 1)
+        label = clean(point.label, 36)
+        width, side = 0.017 * len(label), 1 if across < 0.6 else -1
+        start = across + 0.02 if side > 0 else across - 0.02 - width
+        while any(abs(up - y) < 0.055 and start < b and a < start + width for a, b, y in taken):
+            up -= 0.02
+        taken.append((start, start + width, up))
+        axes.text(across + 0.015 * side, up, label, transform=axes.transAxes, fontsize=_TEXT_SIZE - 0.5,
+                  color=_STAND_IN[INK], va="center", ha="left" if side > 0 else "right", parse_math=False)  # fmt: skip
+
+
+def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="tight")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(_STAND_IN[AXIS])
+        spine.set_linewidth(0.7)
+    axes.grid(True, color=_STAND_IN[GRID], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", color=_STAND_IN[AXIS], labelcolor=_STAND_IN[SOFT], labelsize=_TEXT_SIZE,
+                     width=0.7, length=3)  # fmt: skip
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(_STAND_IN[SOFT])
+        label.set_fontsize(_TEXT_SIZE)
+    return figure, axes
+
+
+def _log_scale(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axis = axes.yaxis
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _thin(x: Sequence[float], y: Sequence[float], limit: int) -> tuple[list[float], list[float]]:
+    """At most about `limit` points: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(x) <= limit:
+        return list(x), list(y)
+    size = -(-2 * len(x) // limit)
+    kept: list[int] = []
+    for start in range(0, len(x), size):
+        stretch = range(start, min(start + size, len(x)))
+        kept += sorted({min(stretch, key=lambda i: y[i]), max(stretch, key=lambda i: y[i])})
+    return [x[i] for i in kept], [y[i] for i in kept]
+
+
+def _svg(figure: Any, axes: Any, describe: str) -> Html:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "grafting", "path.simplify": True}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            FigureCanvasSVG(figure).print_svg(
+                out, metadata={"Date": None, "Creator": None, "Type": None, "Format": None}
+            )
+    return _adopt(out.getvalue(), describe)
+
+
+def _adopt(svg: str, describe: str) -> Html:
+    """Matplotlib's SVG as part of a page: its colours are the page's, it has no ids that could meet another's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.S)
+    for name, stand_in in _STAND_IN.items():
+        svg = svg.replace(stand_in, f"var(--{name})")
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", svg)
+    svg = re.sub(r"font-family: [^;\"]+;?", "", svg)
+    used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', svg))
+    prefix = hashlib.sha256(f"{describe}{svg}".encode()).hexdigest()[:8]
+    svg = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
+    view = re.search(r'viewBox="[\d. ]+"', svg)
+    start = svg.index(">") + 1
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" {view[0] if view else ""} '
+        f'aria-label="{html.escape(clean(describe))}">'
+    )
+    body = re.sub(r"[ \t]*\n[ \t]*", "\n", svg[start:])
+    return Html(opening + body)
+
+
+def _css(color: str) -> str:
+    return f"var(--{color})" if color in _STAND_IN else color
+
+
+def points_of(pairs: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[float]]:
+    """The pairs whose two values are finite numbers, in order of x."""
+    kept = sorted((x, y) for a, b in pairs if (x := finite(a)) is not None and (y := finite(b)) is not None)
+    return [x for x, _ in kept], [y for _, y in kept]
