@@ -26,7 +26,8 @@ HALF = GraftPlan([Replace("mha", "interleaved-50", "hyena_x")])
 EVERY = GraftPlan([
     Replace("mha", [0], "hyena_se", {"kernel_size": 3}), Replace("mha", [1], "hyena_y"),
     Replace("mha", [2], "swa", {"window": 2}), Replace("mha", [3], "mamba2", {"d_state": 8}, init="random"),
-    Replace("mlp", [0], "mlp", {"ratio": 3}), Replace("mlp", [1], "mlp_hyena_x"), Replace("mlp", [3], "mlp", {"ratio": 6}),
+    Replace("mlp", [0], "mlp", {"ratio": 3}), Replace("mlp", [1], "mlp_hyena_x"),
+    Replace("mlp", [3], "mlp", {"ratio": 6}),
 ])  # fmt: skip
 
 

@@ -21,6 +21,10 @@ from grafting.surgery import GraftRecord, graft, record_of, set_record
 
 FORMAT, VERSION = "grafting", 1
 MANIFEST = "graft.json"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 SELF_CONTAINED_FROM = 0.9  # share of the base's parameters that differ
 
 
@@ -94,9 +98,9 @@ def load_graft(
             f"{file} is damaged: its hash is not the one in {MANIFEST}; copy the graft again"
         )
 
-    reference = manifest["base"]
+    reference, saved_dtype = manifest["base"], _DTYPES[manifest["dtype"]]
     if reference is None:
-        skeleton = _build(manifest["architecture"])
+        skeleton = _build(manifest["architecture"]).to(saved_dtype)
         student, digests, source = _edited(skeleton, plan, manifest), {}, None
         weights.load_strictly(student, tensors, str(folder))
     else:
@@ -107,7 +111,8 @@ def load_graft(
                 )
             base = reference["source"]
         if isinstance(base, str):
-            source, base = base, load_model(base, num_heads=manifest["architecture"].get("num_heads"))
+            heads = manifest["architecture"].get("num_heads")
+            source, base = base, load_model(base, num_heads=heads, dtype=saved_dtype)
         else:
             source = reference["source"]
         digests = weights.digests(base)
@@ -117,7 +122,10 @@ def load_graft(
                 f"source {reference['source']!r}); give that model as base="
             )
         student = _edited(base, plan, manifest)
-        weights.load_strictly(student, {**student.state_dict(), **tensors}, str(folder))
+        own = student.state_dict()
+        same = {name: tensor for name, tensor in base.state_dict().items()
+                if name in own and own[name].shape == tensor.shape}  # fmt: skip
+        weights.load_strictly(student, {**own, **same, **tensors}, str(folder))
     if len(plan) and record_of(student) is None:
         raise CheckpointError(f"{folder}: the plan could not be applied")
     set_record(student, GraftRecord(
@@ -151,13 +159,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"this version reads format {FORMAT!r} version {VERSION}"
         )
     shapes: dict[str, type | tuple[type, ...]] = {
-        "plan": dict, "seed": int, "operators": dict, "architecture": dict, "base": (dict, type(None)), "tensors": dict,
+        "plan": dict, "seed": int, "operators": dict, "architecture": dict, "dtype": str,
+        "base": (dict, type(None)), "tensors": dict,
     }  # fmt: skip
     for key, kind in shapes.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path}: key {key!r} is missing or not of the right kind")
     if not isinstance(manifest["tensors"].get("sha256"), str):
         raise CheckpointError(f"{path}: key 'tensors' has no hash")
+    if manifest["dtype"] not in _DTYPES:
+        raise CheckpointError(
+            f"{path}: dtype {str(manifest['dtype'])[:40]!r} is not one of {', '.join(_DTYPES)}"
+        )
     base = manifest["base"]
     if base is not None and not (
         isinstance(base.get("sha256"), str) and isinstance(base.get("source"), (str, type(None)))
