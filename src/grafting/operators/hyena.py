@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from grafting.kernels import gated_filter
 from grafting.operators.base import (
     AttentionDonor,
     Cost,
@@ -48,6 +49,8 @@ class Hyena(Operator):
 
     def mix(self, x: Tensor) -> Tensor:
         u = self.in_proj(x)  # [B, N, 3D]
+        if self.has_featurizer and not self.has_inner and gated_filter.available(u):
+            return gated_filter.gated_filter(u, self.short_filter.weight, self.short_filter.bias)
         if self.has_featurizer:
             u = self.short_filter(u)
         q, k, v = u.chunk(3, dim=-1)  # each [B, N, D]
