@@ -1,12 +1,8 @@
-"""One self-contained HTML page per run."""
+"""One self-contained HTML page per run or study."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from grafting.report.page import write_report
+from grafting.report.study import write_study
 
-
-def write_report(run: Path) -> Path:
-    """Write `report.html` into a run folder from what it holds; returns its path."""
-    page = run / "report.html"
-    page.write_text("<html></html>")
-    return page
+__all__ = ["write_report", "write_study"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 MISSING = "–"
+_SPACE = "\u00a0"  # between a number and its unit: no line ends there
 _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -58,8 +60,8 @@ def si(value: Any, unit: str = "") -> str:
         return MISSING
     for scale, prefix in _SCALES:
         if abs(number) >= scale:
-            return f"{significant(number / scale, 3)} {prefix}{unit}"
-    return f"{significant(number, 3)} {unit}".rstrip()
+            return f"{significant(number / scale, 3)}{_SPACE}{prefix}{unit}"
+    return f"{significant(number, 3)}{_SPACE}{unit}".rstrip()
 
 
 def count(value: Any) -> str:
@@ -71,7 +73,7 @@ def count(value: Any) -> str:
 def percent(fraction: Any, digits: int = 3) -> str:
     """A share as per cent: 0.0416 %."""
     number = finite(fraction)
-    return MISSING if number is None else f"{significant(100 * number, digits)} %"
+    return MISSING if number is None else f"{significant(100 * number, digits)}{_SPACE}%"
 
 
 def change(fraction: Any) -> str:
@@ -80,7 +82,7 @@ def change(fraction: Any) -> str:
     if number is None:
         return MISSING
     text = f"{100 * number:+.2f}"
-    return f"{_minus(text)} %" if float(text) else "0 %"
+    return f"{_minus(text)}{_SPACE}%" if float(text) else f"0{_SPACE}%"
 
 
 def relative(before: Any, after: Any) -> float | None:
@@ -101,20 +103,20 @@ def duration(seconds: Any) -> str:
     if number is None or number < 0:
         return MISSING
     if number < 9.95:
-        return f"{number:.1f} s"
+        return f"{number:.1f}{_SPACE}s"
     whole = round(number)
     if whole < 60:
-        return f"{whole} s"
+        return f"{whole}{_SPACE}s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600:,} h {whole // 60 % 60:02} min"
+        return f"{whole // 60}{_SPACE}min{_SPACE}{whole % 60:02}{_SPACE}s"
+    return f"{whole // 3600:,}{_SPACE}h{_SPACE}{whole // 60 % 60:02}{_SPACE}min"
 
 
 def ranges(layers: Iterable[Any]) -> str:
     """Layer numbers, runs shortened and an even stride named: 0–3, 7; 1, 3, …, 27."""
     numbers = sorted({layer for layer in layers if isinstance(layer, int) and not isinstance(layer, bool)})
     if len(numbers) > 6:
-        steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+        steps = {b - a for a, b in itertools.pairwise(numbers)}
         if len(steps) == 1 and steps != {1}:
             return f"{numbers[0]}, {numbers[1]}, …, {numbers[-1]}"
     parts: list[list[int]] = []

@@ -22,7 +22,7 @@ class Html(str):
     __slots__ = ()
 
 
-Child = Union[str, int, float, None, Iterable["Child"]]
+Child = Union[str, int, float, None, Iterable["Child"]]  # noqa: UP007 (a recursive alias on 3.10)
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
@@ -41,16 +41,16 @@ def join(children: Iterable[Child]) -> Html:
     return Html("".join(_render(child) for child in children))
 
 
-def el(name: str, *children: Child, **attributes: str | int | bool | None) -> Html:
+def el(tag: str, /, *children: Child, **attributes: str | int | bool | None) -> Html:
     """An element. Attributes: `class_` for class, `_` for `-`; None and False leave one out."""
-    parts = [name]
+    parts = [tag]
     for key, value in attributes.items():
         if value is None or value is False:
             continue
         key = key.rstrip("_").replace("_", "-")
         parts.append(key if value is True else f'{key}="{html.escape(_UNFIT.sub("", str(value)))}"')
     opening = Html(f"<{' '.join(parts)}>")
-    return opening if name in _VOID else Html(f"{opening}{join(children)}</{name}>")
+    return opening if tag in _VOID else Html(f"{opening}{join(children)}</{tag}>")
 
 
 @dataclass(frozen=True)

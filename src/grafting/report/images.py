@@ -55,11 +55,8 @@ def same_noise(files: Sequence[Samples]) -> list[str]:
     if any(file.images.shape[1:] != first.images.shape[1:] for file in files):
         found.append("image size")
     count = min(len(file.images) for file in files)
-    labels = [file.labels for file in files]
-    if "labels" not in found and any(
-        (a is None) != (labels[0] is None) or (a is not None and not np.array_equal(a[:count], labels[0][:count]))
-        for a in labels
-    ):  # fmt: skip
+    labels = [None if file.labels is None else file.labels[:count].tolist() for file in files]
+    if "labels" not in found and any(given != labels[0] for given in labels):
         found.append("labels")
     return found
 
@@ -87,27 +84,22 @@ def strip(images: np.ndarray) -> tuple[str, int, int]:
     count, height, width, channels = images.shape
     shrink = min(1.0, MAX_SIDE / max(height, width))
     h, w = max(1, round(height * shrink)), max(1, round(width * shrink))
-    sheet = Image.new(
-        "RGBA" if shrink == 1 else "RGB",
-        (count * (w + _GAP) - _GAP, h),
-        (0, 0, 0, 0) if shrink == 1 else (128, 128, 128),
-    )
+    crisp = max(h, w) <= _CRISP_SIDE
+    mode = "RGB" if not crisp else "LA" if channels == 1 else "RGBA"
+    sheet = Image.new(mode, (count * (w + _GAP) - _GAP, h), (128, 128, 128) if not crisp else None)
     for number, image in enumerate(images):
-        tile = Image.fromarray(image[..., 0] if channels == 1 else image)
+        tile = Image.fromarray(image[..., 0] if channels == 1 else image).convert(mode)
         if shrink < 1:
             tile = tile.resize((w, h), Image.Resampling.LANCZOS)
         sheet.paste(tile, (number * (w + _GAP), 0))
     out = io.BytesIO()
-    crisp = max(h, w) <= _CRISP_SIDE
-    if crisp and channels == 1:
-        sheet.convert("LA").save(out, "PNG", optimize=True)
-    elif crisp:
+    if crisp:
         sheet.save(out, "PNG", optimize=True)
     else:
-        sheet.convert("RGB").save(out, "JPEG", quality=88)
+        sheet.save(out, "JPEG", quality=88)
     kind = "png" if crisp else "jpeg"
-    scale = max(1, 64 // max(h, w))
     uri = f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
+    scale = max(1, 64 // max(h, w))
     return uri, sheet.width * scale, sheet.height * scale
 
 

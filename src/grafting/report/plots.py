@@ -93,6 +93,8 @@ def line_plot(
     tall: bool = True,
 ) -> Html:  # fmt: skip
     """Lines over steps. describe: what a reader who can't see it is told. A log axis needs positive values."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes((4.6, 2.7 if tall else 1.7))
     limit = max(20, min(MAX_POINTS, MAX_TOTAL_POINTS // max(1, len(series))))
     if log_y and any(y <= 0 for s in series for y in s.y):
@@ -110,6 +112,7 @@ def line_plot(
                       markerfacecolor="none", markeredgecolor=_STAND_IN[ALARM], markeredgewidth=1.1)  # fmt: skip
     if log_y:
         _log_scale(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return _svg(figure, axes, describe)
@@ -199,12 +202,11 @@ def _svg(figure: Any, axes: Any, describe: str) -> Html:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "grafting", "path.simplify": True}):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            FigureCanvasSVG(figure).print_svg(
-                out, metadata={"Date": None, "Creator": None, "Type": None, "Format": None}
-            )
+    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+    kept_as_text = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "grafting"})
+    with kept_as_text, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
     return _adopt(out.getvalue(), describe)
 
 
@@ -223,8 +225,8 @@ def _adopt(svg: str, describe: str) -> Html:
     view = re.search(r'viewBox="[\d. ]+"', svg)
     start = svg.index(">") + 1
     opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" {view[0] if view else ""} '
-        f'aria-label="{html.escape(clean(describe))}">'
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
+        f'{view[0] if view else ""} aria-label="{html.escape(clean(describe, 2000))}">'
     )
     body = re.sub(r"[ \t]*\n[ \t]*", "\n", svg[start:])
     return Html(opening + body)

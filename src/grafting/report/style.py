@@ -20,7 +20,8 @@ p{margin:.5rem 0;max-width:46em}
 .lead{font-size:1.2rem;line-height:1.45}
 .note,figcaption,caption{color:var(--soft);font-size:.88rem;line-height:1.45}
 .warn{border-left:3px solid var(--alarm);padding-left:.8rem}
-code,pre,table,.key,.cells,.legend,svg{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+code,pre,table,.key,.cells,.legend,svg{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",
+Arial,sans-serif}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.86em}
 pre{background:var(--card);padding:.8rem 1rem;overflow-x:auto;border-radius:4px;line-height:1.45;overflow-wrap:normal}
 .keys{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:0 2rem;margin:1.4rem 0 0;padding:0}
@@ -30,7 +31,8 @@ pre{background:var(--card);padding:.8rem 1rem;overflow-x:auto;border-radius:4px;
 .key dd.big{font-size:1.9rem;line-height:1.25;color:var(--ink);font-weight:500;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;overflow-wrap:normal;line-height:1.35}
-caption{text-align:left;padding-bottom:.4rem;font-family:Charter,"Bitstream Charter","Iowan Old Style",Palatino,Cambria,Georgia,serif}
+caption{text-align:left;padding-bottom:.4rem;font-family:Charter,"Bitstream Charter","Iowan Old Style",Palatino,
+Cambria,Georgia,serif}
 th,td{padding:.32rem .9rem .32rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 th{font-weight:500}
 thead th{color:var(--soft);border-bottom:1px solid var(--ink);vertical-align:bottom}
@@ -42,15 +44,19 @@ figcaption{margin-top:.4rem;max-width:46em}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:0 2rem}
 .plots figure{margin:.6rem 0}
 svg{display:block;width:100%;height:auto;max-width:620px;overflow:visible}
-.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:.4rem 0;padding:0;font-size:.8rem;color:var(--soft)}
+.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:.4rem 0;padding:0;
+font-size:.8rem;color:var(--soft)}
 .legend i{display:inline-block;width:1.1em;height:.22em;margin-right:.4em;vertical-align:middle}
-.strips{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,33rem),1fr));gap:.9rem 1.5rem;margin:1rem 0}
+.strips{display:grid;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,33rem),1fr));gap:.9rem 1.5rem;margin:1rem 0}
 .strips figure{margin:0}
 .strips figcaption{margin:0 0 .15rem}
-.pair{display:grid;grid-template-columns:4.2rem minmax(0,1fr);align-items:center;gap:.2rem .6rem;font-size:.8rem;color:var(--soft)}
+.pair{display:grid;grid-template-columns:4.2rem minmax(0,1fr);align-items:center;gap:.2rem .6rem;
+font-size:.8rem;color:var(--soft)}
 .pair img,.strip img{display:block;max-width:100%;height:auto;image-rendering:pixelated}
 .pair .t{color:var(--teacher)}.pair .s{color:var(--student)}
-.strip{display:grid;grid-template-columns:minmax(6rem,13rem) minmax(0,1fr);align-items:center;gap:.35rem 1rem;font-size:.9rem}
+.strip{display:grid;grid-template-columns:minmax(6rem,13rem) minmax(0,1fr);align-items:center;
+gap:.35rem 1rem;font-size:.9rem}
 .cells{border-spacing:2px;border-collapse:separate;font-size:.75rem}
 .cells th,.cells td{border:0;padding:.2rem .3rem;text-align:center;min-width:2.1em;white-space:nowrap}
 .cells tbody th{text-align:left;padding-right:.8rem}
@@ -59,8 +65,10 @@ svg{display:block;width:100%;height:auto;max-width:620px;overflow:visible}
 .cells td.new{background:var(--student);color:var(--paper)}
 details{margin:1rem 0}summary{cursor:pointer}
 ul.findings{padding-left:1.2rem;max-width:46em}ul.findings li{margin:.3rem 0}
-@media (max-width:600px){body{font-size:16px}main{padding:1.5rem 1rem 3rem}h1{font-size:1.6rem}.key dd.big{font-size:1.6rem}
-.keys{grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:0 1.2rem}.pair{grid-template-columns:3.4rem minmax(0,1fr)}
+@media (max-width:600px){body{font-size:16px}main{padding:1.5rem 1rem 3rem}h1{font-size:1.6rem}
+.key dd.big{font-size:1.6rem}
+.keys{grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:0 1.2rem}
+.pair{grid-template-columns:3.4rem minmax(0,1fr)}
 .strip{grid-template-columns:minmax(0,1fr)}}
 @media print{main{max-width:none}details{display:block}h2{break-after:avoid}figure{break-inside:avoid}}
 """

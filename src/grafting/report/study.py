@@ -1,0 +1,153 @@
+"""`write_study`: one self-contained page of a study: table, quality against cost, samples of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grafting.errors import GraftError, RunError
+from grafting.formats.weights import write_bytes
+from grafting.report import images
+from grafting.report.format import MISSING, duration, finite, mapping, sequence, significant
+from grafting.report.html import Child, Column, Html, clean, data_table, document, el, figure, note, section
+from grafting.report.page import determinism, environment_table
+from grafting.report.plots import Point, scatter_plot
+from grafting.report.style import CSS
+from grafting.report.words import plain, protocol_sentence
+
+_PER_ROW = 10
+
+
+def write_study(folder: Path, study: Mapping[str, Any]) -> Path:
+    """Write `study.html` into `folder` and return its path.
+
+    study: {"name", "title", "about", "columns": [{"key", "label"}], "rows": [{"name", "label", one value per column
+    key, "std"?: {key: spread}, "samples": path of an .npz (relative to `folder`) or None, "seconds"}],
+    "findings": [sentences], "environment": {name: value}, "scatter": {"x": key, "y": key} or None,
+    "protocol"?: {field: value}}. Values may be numbers, text or None. Raises RunError where `study` has no rows.
+    """
+    folder = Path(folder)
+    rows = [row for row in sequence(mapping(study).get("rows")) if isinstance(row, Mapping)]
+    if not rows:
+        raise RunError(
+            "a study page needs rows: give study={'rows': [{'label': ..., ...}], 'columns': [...]}"
+        )
+    title = plain(study.get("title") or study.get("name") or "Study")
+    page = document(
+        f"{clean(title, 80)} – graft study", CSS, _header(study, title), _table(study, rows), _scatter(study, rows),
+        _strips(folder, rows), _provenance(study),
+    )  # fmt: skip
+    path = folder / "study.html"
+    write_bytes(path, page.encode("utf-8"))
+    return path
+
+
+def _header(study: Mapping[str, Any], title: str) -> Html:
+    about = study.get("about")
+    findings = [plain(item) for item in sequence(study.get("findings"))]
+    return el(
+        "header", el("p", "Study", class_="kind"), el("h1", title),
+        el("p", about, class_="lead") if isinstance(about, str) and about else None,
+        el("ul", [el("li", item) for item in findings], class_="findings") if findings else None,
+    )  # fmt: skip
+
+
+def _columns(study: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = [mapping(column) for column in sequence(study.get("columns"))]
+    return [(plain(c["key"]), plain(c.get("label", c["key"]))) for c in found if "key" in c]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return plain(row.get("label") or row.get("name") or "?")
+
+
+def _table(study: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Html:
+    columns = _columns(study)
+    timed = any(finite(row.get("seconds")) is not None for row in rows) and "seconds" not in dict(columns)
+    text = {key for key, _ in columns if any(isinstance(row.get(key), str) for row in rows)}
+    body: list[list[Child]] = []
+    for row in rows:
+        cells: list[Child] = [_label(row), *[_value(row, key) for key, _ in columns]]
+        body.append([*cells, duration(row.get("seconds"))] if timed else cells)
+    heads = [Column("", True), *[Column(label, key in text) for key, label in columns]]
+    heads += [Column("wall time")] if timed else []
+    protocol = mapping(study.get("protocol"))
+    spread = any(mapping(row.get("std")) for row in rows)
+    return section(
+        "results", "Results", data_table("All rows under one protocol.", heads, body),
+        note("± is the standard deviation over seeds.") if spread else None,
+        note(f"Protocol: {protocol_sentence(protocol)}.") if protocol else None,
+    )  # fmt: skip
+
+
+def _value(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None or finite(value) is None:
+        return MISSING if value is None or isinstance(value, float) else plain(value)
+    if key == "seconds":
+        return duration(value)
+    spread = finite(mapping(row.get("std")).get(key))
+    return significant(value) if spread is None else f"{significant(value)} ± {significant(spread, 2)}"
+
+
+def _scatter(study: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Html | None:
+    wanted = mapping(study.get("scatter"))
+    if not wanted:
+        return None
+    x_key, y_key = plain(wanted.get("x")), plain(wanted.get("y"))
+    labels = dict(_columns(study))
+    points = [
+        Point(_label(row), x, y, finite(mapping(row.get("std")).get(y_key)))
+        for row in rows
+        if (x := finite(row.get(x_key))) is not None and (y := finite(row.get(y_key))) is not None
+    ]
+    if not points:
+        return None
+    x_label, y_label = labels.get(x_key, x_key), labels.get(y_key, y_key)
+    described = "; ".join(f"{p.label}: {significant(p.x, 3)}, {significant(p.y, 3)}" for p in points)
+    plot = scatter_plot(points, f"{y_label} against {x_label}. {described}", x_label=x_label, y_label=y_label)
+    return section(
+        "tradeoff", "Quality against cost", figure(plot, f"{y_label} against {x_label}, one point a row.")
+    )
+
+
+def _strips(folder: Path, rows: list[Mapping[str, Any]]) -> Html | None:
+    read: list[tuple[str, images.Samples]] = []
+    remarks = []
+    for row in rows:
+        if not row.get("samples"):
+            continue
+        try:
+            read.append((_label(row), images.read_samples(folder / str(row["samples"]))))
+        except (GraftError, OSError, ValueError) as error:
+            remarks.append(f"Samples of {_label(row)} could not be read ({error}).")
+    if not read:
+        return section("samples", "Samples", [note(remark) for remark in remarks]) if remarks else None
+    unlike = images.same_noise([file for _, file in read])
+    shown = min(_PER_ROW, *(len(file.images) for _, file in read))
+    content: list[Child] = []
+    for label, file in read:
+        uri, width, height = images.strip(file.images[:shown])
+        alt = f"The first {shown} samples of {label}"
+        content += [el("span", label), el("img", src=uri, width=width, height=height, alt=alt)]
+    caption = (
+        f"Not the same noise: the files differ in {', '.join(unlike)}."
+        if unlike
+        else "A column shares its starting noise and its label; these are the first samples, not chosen ones."
+    )
+    return section(
+        "samples",
+        "Samples",
+        figure(el("div", content, class_="strip"), caption),
+        [note(remark) for remark in remarks],
+    )
+
+
+def _provenance(study: Mapping[str, Any]) -> Html:
+    name = study.get("name")
+    return section(
+        "provenance", "What was run on what", environment_table(study.get("environment")),
+        el("pre", el("code", f"graft study {plain(name)}")) if isinstance(name, str) and name else None,
+        determinism(study.get("environment")),
+    )  # fmt: skip
