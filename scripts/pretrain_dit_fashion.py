@@ -4,14 +4,13 @@
 
 Resumable: run the same command again after a stop and it goes on from the last checkpoint in --out. Every draw is a
 function of (seed, step), so an interrupted run does what an uninterrupted one does. At the end `--out` holds
-`dit_fashion.safetensors` (the EMA weights in fp16, published state-dict names) and `pretraining.json` (what was run).
-The record of the shipped weights is in src/grafting/assets/dit-fashion/model.json.
+`model.safetensors` (the EMA weights in fp16) and `model.json` (architecture, and what was run): a folder that
+`load_model` reads. The shipped one is src/grafting/assets/dit-fashion.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grafting import diffusion, draws
 from grafting.data.fashion import load_full, to_pixels
+from grafting.formats import weights
 from grafting.models.dit import DiT, DiTConfig
 
 CONFIG = DiTConfig(
@@ -65,6 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="weights to continue from (.pt in the published form)")
+    parser.add_argument("--start-visits", type=int, default=0, help="images that those weights saw")
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -140,18 +140,31 @@ def main() -> None:
                 "step": step + 1, "seconds": seconds,
             })  # fmt: skip
 
-    half = {name: value.half().contiguous().cpu() for name, value in ema.items() if name != "pos_embed"}
-    save_file(half, arguments.out / "dit_fashion.safetensors")
-    record = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    record |= {
-        "image_visits": arguments.steps * arguments.batch,
-        "seconds": round(seconds),
-        "torch": torch.__version__,
-    }
-    record["loss"] = torch.stack(losses[-500:]).mean().item() if losses else None
-    del record["data"], record["out"], record["start"]
-    record["continued"] = arguments.start is not None
-    (arguments.out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
+    half = {name: value.half() for name, value in ema.items() if name != "pos_embed"}
+    weights.write_safetensors(arguments.out / "model.safetensors", half)
+    weights.write_json(
+        arguments.out / "model.json",
+        {
+            "format": "grafting",
+            "version": 1,
+            "architecture": {"family": "dit", **CONFIG.to_dict()},
+            "pretraining": {
+                "data": "Fashion-MNIST, 60,000 training images",
+                "image_visits": arguments.start_visits + arguments.steps * arguments.batch,
+                "visits_before_start": arguments.start_visits,
+                "steps": arguments.steps,
+                "batch": arguments.batch,
+                "lr": arguments.lr,
+                "schedule": "cosine to zero",
+                "ema": arguments.ema,
+                "focus": arguments.focus,
+                "seed": arguments.seed,
+                "precision": "fp32" if arguments.fp32 else "bf16 autocast",
+                "seconds": round(seconds),
+                "torch": torch.__version__,
+            },
+        },
+    )
 
 
 if __name__ == "__main__":

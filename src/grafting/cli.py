@@ -83,13 +83,19 @@ def run(
         Pipeline(resolved, RunFolder(folder, _console()), device, _dtype(dtype)).check()
         print(dump_yaml(dict(describe_recipe(resolved))), end="")
         return
-    probe = Pipeline(resolved, RunFolder(folder, _console()), device, _dtype(dtype))
-    probe.check()
-    probe.run = RunFolder.create(folder, resolved.to_dict(), probe.run.console, resume=resume)
-    page = probe.all()
-    probe.run.console.close()
-    _print_results(folder)
-    print(f"report: {page}")
+    pipeline = Pipeline(resolved, RunFolder(folder, _console()), device, _dtype(dtype))
+    pipeline.check()
+    main_process = pipeline.compute.is_main
+    if main_process:
+        pipeline.run = RunFolder.create(folder, resolved.to_dict(), pipeline.run.console, resume=resume)
+    pipeline.compute.wait()
+    if not main_process:
+        pipeline.run = RunFolder(folder, writer=False)
+    page = pipeline.all()
+    pipeline.run.console.close()
+    if main_process:
+        _print_results(folder)
+        print(f"report: {page}")
 
 
 @app.command("list")
@@ -409,11 +415,9 @@ def _stage(folder: Path, stage: str, resume: bool, device: str) -> None:
 
 
 def _launch(processes: int) -> None:
-    """Replace this process by `accelerate launch` of the same command."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--no_python",
-        sys.executable, "-m", "grafting.cli", *sys.argv[1:],
-    ]  # fmt: skip
+    """Replace this process by a launcher of the same command; `accelerate launch` and Slurm work as well."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "grafting.cli", *sys.argv[1:]]
     os.execv(sys.executable, command)
 
 

@@ -21,12 +21,13 @@ from grafting.errors import RunError
 from grafting.evaluation import compare, evaluate
 from grafting.families import family_of
 from grafting.formats import weights
-from grafting.formats.graft_folder import is_graft_folder, save_graft
+from grafting.formats.graft_folder import save_graft
 from grafting.generation import generate
 from grafting.loading import load_model, pretraining_visits
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder
 from grafting.surgery import explain, graft
+from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig
 from grafting.training.distillation import distill
 from grafting.training.finetuning import finetune
@@ -45,6 +46,10 @@ class Pipeline:
     keep_stage_1: bool = False  # leave a copy of the student after stage 1 in stage-1/
     _teacher: nn.Module | None = None
     _data: DataSource | None = None
+
+    def __post_init__(self) -> None:
+        self.compute = make_compute(torch.device(self.device), "fp32")
+        self.device = str(self.compute.device)
 
     @property
     def teacher(self) -> nn.Module:
@@ -82,7 +87,8 @@ class Pipeline:
             self.teacher, self.recipe.graft_plan, seed=self.recipe.seed, locality=self.recipe.locality
         )
         explanation = explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
-        explanation.plan.save(self.run.path / "plan.yaml")
+        if self.run.writer:
+            explanation.plan.save(self.run.path / "plan.yaml")
         self.run.save_student(student)
         self.run.finish("graft", explanation.to_dict())
         return student
@@ -175,17 +181,24 @@ class Pipeline:
         return write_report(self.run.path)
 
     def all(self) -> Path:
-        """Every stage of the recipe that is not done yet, then the report."""
+        """Every stage of the recipe that is not done yet, then the report.
+
+        Of several processes all train; the first alone writes, samples and evaluates.
+        """
         self.check()
         wanted = {
             "graft": True, "distill": self.recipe.distill is not None, "finetune": self.recipe.finetune is not None,
             "sample": True, "evaluate": self.recipe.evaluate is not None,
         }  # fmt: skip
         for stage in STAGES:
+            if not self.compute.is_main and stage == "sample":
+                break
             if wanted[stage] and self.run.result(stage) is None:
                 self.run.console.say(f"[{stage}]")
                 getattr(self, stage)()
-        return self.report()
+            if stage in ("graft", "distill", "finetune"):
+                self.compute.wait()
+        return self.report() if self.compute.is_main else self.run.path
 
 
 def open_pipeline(path: str | Path, console: Console, device: str = "cpu") -> Pipeline:
@@ -208,4 +221,4 @@ def describe_recipe(recipe: Recipe) -> Mapping[str, Any]:
     return recipe.to_dict()
 
 
-__all__ = ["STAGES", "Pipeline", "describe_recipe", "is_graft_folder", "open_pipeline"]
+__all__ = ["STAGES", "Pipeline", "describe_recipe", "open_pipeline"]

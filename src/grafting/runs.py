@@ -36,9 +36,10 @@ _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 class RunFolder:
     """One run on disk; the journal of its stages."""
 
-    def __init__(self, path: str | Path, console: Console | None = None) -> None:
+    def __init__(self, path: str | Path, console: Console | None = None, *, writer: bool = True) -> None:
         self.path = Path(path)
-        self.console = console or Console(quiet=True)
+        self.writer = writer  # of several processes one writes, all read
+        self.console = console if console and writer else Console(quiet=True)
         self._stop: int | None = None
 
     # ---- life of the folder
@@ -103,6 +104,8 @@ class RunFolder:
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         """Record that a stage is done; its checkpoints are no longer needed."""
+        if not self.writer:
+            return
         state = self.read()
         state["stages"][stage] = dict(result)
         self._write(state)
@@ -115,6 +118,8 @@ class RunFolder:
 
     def save_student(self, model: nn.Module) -> None:
         """Write graft/."""
+        if not self.writer:
+            return
         save_graft(model, self.path / "graft")
 
     def load_student(self, base: nn.Module | None) -> nn.Module:
@@ -127,6 +132,8 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
+        if not self.writer:
+            return
         try:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_plain(record)) + "\n")
@@ -151,6 +158,8 @@ class RunFolder:
 
     def save_checkpoint(self, stage: str, step: int, state: Mapping[str, Any], keep: int) -> None:
         """Write `checkpoints/<stage>/<step>.pt` and its hash; remove all but the newest `keep`."""
+        if not self.writer:
+            return
         folder = self.path / "checkpoints" / stage
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
@@ -189,6 +198,8 @@ class RunFolder:
         return None
 
     def _drop_metrics(self, stage: str, after: int) -> None:
+        if not self.writer:
+            return
         records = self.metrics()
         kept = [r for r in records if r.get("stage") != stage or r.get("step", 0) <= after]
         if len(kept) != len(records):

@@ -69,7 +69,7 @@ class _GatedFilter(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u, weight, bias = ctx.saved_tensors
         compute = torch.promote_types(u.dtype, torch.float32)
         taps, shift = weight[:, 0].T.to(compute).contiguous(), bias.to(compute)

@@ -58,8 +58,8 @@ STUDIES = {
         name="demo-ablation",
         title="What each part of the method does, on dit-fashion",
         about=(
-            "Half of the attention of dit-fashion becomes hyena_x. Same data, noise and budgets in every row; the control "
-            "rows are the teacher under other noise, and the teacher finetuned with the same stage-2 budget."
+            "Half of the attention of dit-fashion becomes hyena_x. Same data, noise and budgets in every row. Controls: "
+            "the teacher under other noise, and the teacher finetuned with the same stage-2 budget."
         ),
         recipe="demo",
         rows=(

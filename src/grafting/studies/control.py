@@ -1,4 +1,4 @@
-"""The control without which a young teacher flatters any student: the teacher itself, finetuned with stage 2's budget."""
+"""The control without which a young teacher flatters any student: itself, finetuned with stage 2's budget."""
 
 from __future__ import annotations
 

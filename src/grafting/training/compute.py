@@ -45,6 +45,10 @@ class Compute:
 
         return reduce(tensor, reduction="sum")
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over all processes, whose shares are of one size."""
+        return self.sum(values) / self.world
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Sum the gradients over all processes in one message; losses are scaled so that the sum is the mean."""
         if self.world == 1:
@@ -73,10 +77,15 @@ def _fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and tiles is not None and bool(tiles())
 
 
+def is_one_of_several() -> bool:
+    """Whether this process was started as one of several (accelerate launch, torchrun, --processes)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def make_compute(device: torch.device, precision: str = "auto") -> Compute:
     """The compute of this process. Under `accelerate launch` or `torchrun` it is one of several."""
     rank, world = 0, 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_one_of_several():
         from accelerate import PartialState
 
         state = PartialState(cpu=device.type == "cpu")

@@ -230,7 +230,8 @@ class _Stage:
         return found
 
     def _log(self, step: int, losses: dict[str, list[Tensor]], clock: Clock) -> None:
-        means = {path: torch.stack(values).mean().item() for path, values in losses.items()}
+        stacked = self.compute.mean(torch.stack([torch.stack(values).mean() for values in losses.values()]))
+        means = dict(zip(losses, stacked.tolist(), strict=True))
         lr = learning_rate(self.config, step - 1)
         self.journal.log({"stage": STAGE, "step": step, "lr": lr, "loss": means})
         bad = [

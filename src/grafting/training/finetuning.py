@@ -230,9 +230,11 @@ class _Stage:
     def _log(
         self, step: int, window: list[tuple[Tensor, dict[str, Tensor], Tensor]], clock: Clock, bad: bool
     ) -> None:
-        loss = torch.stack([entry[0] for entry in window]).mean().item()
+        names = list(window[0][1])
+        rows = [torch.stack([entry[0], *(entry[1][name] for name in names)]) for entry in window]
+        loss, *values = self.compute.mean(torch.stack(rows).mean(dim=0)).tolist()
+        terms = dict(zip(names, values, strict=True))
         norm = torch.stack([entry[2] for entry in window]).max().item()
-        terms = {name: torch.stack([e[1][name] for e in window]).mean().item() for name in window[0][1]}
         if bad or loss != loss or loss in (float("inf"), float("-inf")):
             raise DivergedError(
                 f"stage 2 diverged: loss {loss} and gradient norm {norm} at step {step}; the last good checkpoint is "
