@@ -46,6 +46,9 @@ def load_model(
         raise GraftError(f"{source!r} has weights; the meta device is for arch:NAME")
     else:
         model = _load(source, num_heads)
+    heads = model.config.num_heads if isinstance(model, DiT) else None
+    if num_heads is not None and heads is not None and heads != num_heads:
+        raise CheckpointError(f"{source!r} has {heads} heads, not num_heads={num_heads}; leave num_heads out")
     if record_of(model) is None:
         set_source(model, source if not Path(source).exists() else str(Path(source).resolve()))
     return model.to(device=device, dtype=dtype) if dtype else model.to(device)

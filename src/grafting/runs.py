@@ -21,10 +21,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grafting.console import Console
 from grafting.errors import CheckpointError, GraftError, RunError
+from grafting.evaluation.samples import to_uint8
 from grafting.formats import weights
 from grafting.formats.graft_folder import is_graft_folder, load_graft, save_graft
 from grafting.yaml_io import dump_yaml, load_yaml
@@ -155,6 +156,19 @@ class RunFolder:
 
     def progress(self, stage: str, step: int, total: int, text: str) -> None:
         self.console.progress(stage, step, total, text)
+
+    def preview(self, stage: str, step: int, samples: Tensor) -> None:
+        """Write `samples/<stage>-<step>.png`: samples [N, C, H, W] of a student in training, side by side."""
+        if not self.writer:
+            return
+        from grafting.generation import save_grid
+
+        channels = samples.shape[1]
+        pixels = (
+            samples if channels in (1, 3) else samples[:, :3] / 3
+        )  # latents: their first channels, as colours
+        (self.path / "samples").mkdir(exist_ok=True)
+        save_grid(to_uint8(pixels), self.path / "samples" / f"{stage}-{step:06d}.png")
 
     def save_checkpoint(self, stage: str, step: int, state: Mapping[str, Any], keep: int) -> None:
         """Write `checkpoints/<stage>/<step>.pt` and its hash; remove all but the newest `keep`."""

@@ -73,6 +73,10 @@ class FinetuneConfig(Optimization):
     ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
     ema_decay: Fraction | None = None  # a fixed decay instead, such as the paper's 0.9999
     feature_outliers: Fraction = 1e-3  # share of the largest teacher activations that `features` leaves out
+    preview_every: Annotated[int, Field(ge=0)] = (
+        0  # steps between sheets of samples of the averaged weights; 0: none
+    )
+    preview_samples: Count = 20
     max_bad_steps: Annotated[int, Field(ge=0)] = (
         10  # steps in a row with non-finite gradients that are skipped
     )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grafting import draws
 from grafting.data import DataSource
-from grafting.diffusion import loss_from_output
+from grafting.diffusion import loss_from_output, sample
 from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family
 from grafting.surgery import edited_sites
@@ -196,6 +197,8 @@ class _Stage:
                 self.journal.log(
                     {"stage": STAGE, "step": done, "event": "validation", "loss": validation[done]}
                 )
+            if config.preview_every and done % config.preview_every == 0 and compute.is_main:
+                self.journal.preview(STAGE, done, self._preview(ema))
             if done % config.checkpoint_every == 0 or done == config.steps:
                 self._checkpoint(done, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row)
 
@@ -263,6 +266,22 @@ class _Stage:
                 total += loss_from_output(output, batch.x0, batch.t, batch.noise)["loss"].sum().item()
                 count += len(batch.t)
             return total / count
+        finally:
+            ema.swap(self.parameters)
+            self.student.train()
+
+    def _preview(self, ema: EMA) -> Tensor:
+        """A few quick samples [N, C, H, W] of the averaged weights, from the same noise every time."""
+        index = torch.arange(self.config.preview_samples, device=self.compute.device)
+        noise = draws.normal(self.config.seed, "preview", index, self.family.sample_shape(self.student))
+        ema.swap(self.parameters)
+        self.student.eval()
+        try:
+            with self.compute.autocast():
+                return sample(
+                    self.student, noise, index % (self.family.num_classes(self.student) or 1),
+                    steps=10, sampler="dpm++", guidance=1.5,
+                )  # fmt: skip
         finally:
             ema.swap(self.parameters)
             self.student.train()
