@@ -137,7 +137,7 @@ def stage_two(run: RunRecord) -> Html:
         ("held-out loss", checks, STUDENT,
          "Held-out diffusion loss of the averaged weights, on the same images, timesteps and noise."),
         ("learning rate", [(r.get("step"), r.get("lr")) for r in steps], AXIS, "Learning rate."),
-        ("gradient norm", [(r.get("step"), r.get("grad_norm")) for r in steps], THIRD, "Gradient norm before clipping."),
+        ("gradient norm", [(r.get("step"), r.get("grad_norm")) for r in steps], THIRD, "Gradient norm, unclipped."),
     )  # fmt: skip
     for name, pairs, color, caption in singles:
         xs, ys = points_of(pairs)

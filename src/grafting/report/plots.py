@@ -212,6 +212,7 @@ def _svg(figure: Any, axes: Any, describe: str) -> Html:
 
 def _adopt(svg: str, describe: str) -> Html:
     """Matplotlib's SVG as part of a page: its colours are the page's, it has no ids that could meet another's."""
+    describe = clean(describe, 2000)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.S)
     for name, stand_in in _STAND_IN.items():
@@ -226,7 +227,7 @@ def _adopt(svg: str, describe: str) -> Html:
     start = svg.index(">") + 1
     opening = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
-        f'{view[0] if view else ""} aria-label="{html.escape(clean(describe, 2000))}">'
+        f'{view[0] if view else ""} aria-label="{html.escape(describe)}">'
     )
     body = re.sub(r"[ \t]*\n[ \t]*", "\n", svg[start:])
     return Html(opening + body)

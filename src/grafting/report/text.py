@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_SCALES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+
 
 def number(value: Any) -> str:
     """A value as a person reads it: 3.66M parameters, 0.0123, [1, 3, 5]."""
@@ -15,9 +17,9 @@ def number(value: Any) -> str:
     if isinstance(value, int) and abs(value) < 100_000:
         return str(value)
     if isinstance(value, (int, float)):
-        for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e5)):
-            if abs(value) >= scale:
-                return f"{value / (1e3 if unit == 'k' else scale):.4g}{unit}"
+        if abs(value) >= 1e5:
+            unit, scale = next((unit, scale) for unit, scale in _SCALES if abs(value) >= scale)
+            return f"{value / scale:.4g}{unit}"
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return " -> ".join(map(number, value)) if len(value) == 2 else ",".join(map(number, value))
@@ -25,11 +27,17 @@ def number(value: Any) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Columns aligned, one row a line."""
+    """Columns aligned, numbers to the right, one row a line."""
     cells = [[number(row.get(column)) for column in columns] for row in rows]
     widths = [max([len(column), *(len(row[i]) for row in cells)]) for i, column in enumerate(columns)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in [list(columns), *cells])  # fmt: skip
+    right = [bool(rows) and all(_is_number(row.get(column)) for row in rows) for column in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        placed = (text.rjust(width) if to_right else text.ljust(width)
+                  for text, width, to_right in zip(texts, widths, right, strict=True))  # fmt: skip
+        return "  ".join(placed).rstrip()
+
+    return "\n".join(line(row) for row in [list(columns), *cells])
 
 
 def lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
@@ -46,12 +54,25 @@ def lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def results_table(folder: Path) -> str:
-    """Teacher and student side by side, from evaluation.json; empty if there is none."""
-    path = folder / "evaluation.json"
-    if not path.is_file():
+    """Teacher and student side by side, from evaluation.json; empty if there is none that can be read."""
+    from grafting.report.reading import read_run
+    from grafting.report.words import MEASURES, measures
+
+    if not (folder / "evaluation.json").is_file():
         return ""
-    metrics = json.loads(path.read_text())["comparison"]["metrics"]
+    better = {True: "higher", False: "lower", None: None}
     rows = [
-        {"": name, "teacher": m["a"], "student": m["b"], "ratio": m["ratio"]} for name, m in metrics.items()
+        {
+            "": name,
+            "teacher": a,
+            "student": b,
+            "ratio": ratio,
+            "better": better[MEASURES.get(name, ("", None))[1]],
+        }
+        for name, (a, b, ratio) in measures(read_run(folder)).items()
     ]
-    return table(("", "teacher", "student", "ratio"), rows)
+    return table(("", "teacher", "student", "ratio", "better"), rows) if rows else ""
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))

@@ -161,11 +161,11 @@ class _Stage:
         if config.mode == "cached":
             cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
         clock = Clock(first, config.steps)
-        losses: dict[str, list[Tensor]] = {}
+        losses: dict[str, list[Tensor]] = dict(state["unlogged"]) if state is not None else {}
 
         for step in range(first, config.steps):
             if (code := self.journal.stop_requested()) is not None:
-                self._checkpoint(step, optimizer, start_error, seconds + clock.seconds)
+                self._checkpoint(step, optimizer, start_error, seconds + clock.seconds, losses)
                 raise Interrupted(code, step)
             active = [pupil for pupil in pupils if pupil.rested_at is None]
             if not active:
@@ -186,12 +186,12 @@ class _Stage:
             for pupil in pupils:
                 if pupil.best_state:
                     pupil.operator.load_state_dict(pupil.best_state)
-        visits = config.steps * config.batch_size
+        visits = done * config.batch_size
         return DistillResult(
             start_error=start_error,
             final_error=self.errors(),
             best_step={pupil.path: pupil.best_step for pupil in pupils},
-            steps=config.steps,
+            steps=done,
             image_visits=visits,
             flops=self._flops(visits),
             seconds=seconds + clock.seconds,
@@ -333,11 +333,13 @@ class _Stage:
         optimizer: torch.optim.Optimizer,
         start_error: dict[str, dict[str, float]],
         seconds: float,
+        unlogged: Mapping[str, list[Tensor]] | None = None,
     ) -> None:
         if not self.compute.is_main:
             return
         self.journal.save_checkpoint(STAGE, step, {
             "step": step, "seconds": seconds, "start_error": start_error, "optimizer": optimizer.state_dict(),
+            "unlogged": dict(unlogged or {}),  # losses since the last line of the log
             "pupils": {
                 pupil.path: {
                     "state": pupil.operator.state_dict(), "best": pupil.best, "best_step": pupil.best_step,

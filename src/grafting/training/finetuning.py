@@ -167,11 +167,13 @@ class _Stage:
             validation[0] = self._validate(ema)
             self.journal.log({"stage": STAGE, "step": 0, "event": "validation", "loss": validation[0]})
         clock = Clock(first, config.steps)
-        window: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []
+        window: list[tuple[Tensor, dict[str, Tensor], Tensor]] = state["unlogged"] if state else []
 
         for step in range(first, config.steps):
             if (code := self.journal.stop_requested()) is not None:
-                self._checkpoint(step, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row)
+                self._checkpoint(
+                    step, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row, window
+                )
                 raise Interrupted(code, step)
             set_learning_rate(optimizer, learning_rate(config, step))
             loss, terms, norm = self._backward(step)
@@ -288,14 +290,14 @@ class _Stage:
 
     def _checkpoint(
         self, step: int, optimizer: torch.optim.Optimizer, ema: EMA, seconds: float, validation: dict[int, float],
-        skipped: int, in_a_row: int,
+        skipped: int, in_a_row: int, unlogged: list[tuple[Tensor, dict[str, Tensor], Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if not self.compute.is_main:
             return
         self.journal.save_checkpoint(STAGE, step, {
             "step": step, "seconds": seconds, "validation": validation, "skipped": skipped, "in_a_row": in_a_row,
             "parameters": {name: p.detach() for name, p in self.parameters.items()}, "ema": ema.values,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict(), "unlogged": list(unlogged or []),
         }, self.config.keep_checkpoints)  # fmt: skip
 
     def _flops(self, visits: int) -> float:

@@ -218,8 +218,18 @@ class Clock:
 
 
 def family_and_model(student: nn.Module, teacher: nn.Module | None) -> Family:
-    """The one family of both models. Raises DataError if they differ."""
+    """The one family of both models. Raises DataError if it, or the shape they are built to, differs."""
     family = family_of(student)
-    if teacher is not None and family_of(teacher) is not family:
+    if teacher is None:
+        return family
+    if family_of(teacher) is not family:
         raise DataError("teacher and student are of different model families")
+    mine, theirs = family.architecture(student), family.architecture(teacher)
+    differing = [
+        f"{key} {mine.get(key)} against {theirs.get(key)}" for key in mine if mine.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise DataError(
+            f"student and teacher are of different shapes ({', '.join(differing)}); give the teacher that was grafted"
+        )
     return family
