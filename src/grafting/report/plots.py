@@ -11,7 +11,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ _RAMP = (
 MAX_POINTS = 600
 MAX_TOTAL_POINTS = 6000
 _TEXT_SIZE = 8.5
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def line_plot(
 
     figure, axes = _axes((4.6, 2.7 if tall else 1.7))
     limit = max(20, min(MAX_POINTS, MAX_TOTAL_POINTS // max(1, len(series))))
-    if log_y and any(y <= 0 for s in series for y in s.y):
+    if log_y and any(y <= 1 / _LARGEST for s in series for y in s.y):
         log_y = False
     for line in series:
         xs, ys = _thin(line.x, line.y, limit)
@@ -122,7 +123,7 @@ def scatter_plot(points: Sequence[Point], describe: str, *, x_label: str, y_labe
     """Labelled points, each with its spread of y where there is one."""
     figure, axes = _axes((5.6, 3.6))
     for point in points:
-        if point.spread is not None:
+        if point.spread is not None and point.spread > 0:
             axes.errorbar(
                 [point.x], [point.y], yerr=[point.spread], color=_STAND_IN[AXIS], linewidth=0.9, capsize=2
             )
@@ -237,7 +238,15 @@ def _css(color: str) -> str:
     return f"var(--{color})" if color in _STAND_IN else color
 
 
-def points_of(pairs: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[float]]:
-    """The pairs whose two values are finite numbers, in order of x."""
-    kept = sorted((x, y) for a, b in pairs if (x := finite(a)) is not None and (y := finite(b)) is not None)
+def points_of(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[float], list[float]]:
+    """The pairs whose two values are numbers that can be drawn, in order of x."""
+    kept = sorted(
+        (x, y) for a, b in pairs if (x := drawable(a)) is not None and (y := drawable(b)) is not None
+    )
     return [x for x, _ in kept], [y for _, y in kept]
+
+
+def drawable(value: Any) -> float | None:
+    """A finite number of at most 1e30, beyond which axes overflow."""
+    number = finite(value)
+    return number if number is not None and abs(number) <= _LARGEST else None

@@ -12,7 +12,7 @@ from grafting.report import images
 from grafting.report.format import MISSING, duration, finite, mapping, sequence, significant
 from grafting.report.html import Child, Column, Html, clean, data_table, document, el, figure, note, section
 from grafting.report.page import determinism, environment_table
-from grafting.report.plots import Point, scatter_plot
+from grafting.report.plots import Point, drawable, scatter_plot
 from grafting.report.style import CSS
 from grafting.report.words import plain, protocol_sentence
 
@@ -98,9 +98,9 @@ def _scatter(study: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Html | 
     x_key, y_key = plain(wanted.get("x")), plain(wanted.get("y"))
     labels = dict(_columns(study))
     points = [
-        Point(_label(row), x, y, finite(mapping(row.get("std")).get(y_key)))
+        Point(_label(row), x, y, drawable(mapping(row.get("std")).get(y_key)))
         for row in rows
-        if (x := finite(row.get(x_key))) is not None and (y := finite(row.get(y_key))) is not None
+        if (x := drawable(row.get(x_key))) is not None and (y := drawable(row.get(y_key))) is not None
     ]
     if not points:
         return None
