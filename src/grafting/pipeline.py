@@ -19,6 +19,9 @@ from grafting.console import Console
 from grafting.data import DataSource, load_dataset
 from grafting.errors import RunError
 from grafting.evaluation import compare, evaluate
+from grafting.evaluation.features import load_features
+from grafting.evaluation.measure import NUM_NEIGHBOURS
+from grafting.evaluation.reference import FASHION_TRAIN
 from grafting.families import family_of
 from grafting.formats import weights
 from grafting.formats.graft_folder import save_graft
@@ -28,7 +31,7 @@ from grafting.recipes import Recipe
 from grafting.runs import RunFolder
 from grafting.surgery import explain, graft
 from grafting.training.compute import make_compute
-from grafting.training.config import DistillConfig, FinetuneConfig
+from grafting.training.config import DistillConfig, FinetuneConfig, settings
 from grafting.training.distillation import distill
 from grafting.training.finetuning import finetune
 
@@ -80,6 +83,25 @@ class Pipeline:
                 self.data, family_of(self.teacher), self.teacher, seed=0, purpose="check",
                 label_dropout=0.0, device=torch.device(self.device),
             )  # fmt: skip
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        """What would otherwise be found out after hours of training."""
+        config = self.recipe.evaluate
+        if config is None:
+            return
+        if self.recipe.sample.num <= NUM_NEIGHBOURS:
+            raise RunError(
+                f"sample.num={self.recipe.sample.num} is too few to evaluate; give at least {NUM_NEIGHBOURS + 1}, "
+                "or evaluate: null"
+            )
+        if config.reference != FASHION_TRAIN and not Path(config.reference).is_file():
+            raise RunError(
+                f"evaluate.reference: no file {config.reference!r}; give {FASHION_TRAIN}, a sample .npz or an ADM .npz, "
+                "or evaluate: null"
+            )
+        if config.features != "auto":
+            load_features(config.features)
 
     def graft(self) -> nn.Module:
         """Apply the plan and write plan.yaml and graft/."""
@@ -204,7 +226,7 @@ class Pipeline:
 def open_pipeline(path: str | Path, console: Console, device: str = "cpu") -> Pipeline:
     """The pipeline of an existing run folder."""
     run = RunFolder.open(path, console)
-    return Pipeline(Recipe.model_validate(run.recipe()), run, device)
+    return Pipeline(settings(Recipe, run.recipe(), f"{run.path / 'recipe.yaml'}"), run, device)
 
 
 def _seeded(config: Any, seed: int) -> Any:

@@ -64,6 +64,8 @@ class RunFolder:
                     f"{str(run.path)!r} holds a run of another recipe (different: {', '.join(differing)}); "
                     "give another --out"
                 )
+            if not (run.path / "run.json").exists():  # stopped between the two files
+                run._write({"version": VERSION, "stages": {}, "environment": environment()})
             return run
         if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise RunError(f"{str(run.path)!r} is not an empty folder and holds no run; give another --out")

@@ -162,6 +162,7 @@ class _Stage:
             cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
         clock = Clock(first, config.steps)
         losses: dict[str, list[Tensor]] = dict(state["unlogged"]) if state is not None else {}
+        done = first
 
         for step in range(first, config.steps):
             if (code := self.journal.stop_requested()) is not None:
