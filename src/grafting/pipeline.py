@@ -97,8 +97,8 @@ class Pipeline:
             )
         if config.reference != FASHION_TRAIN and not Path(config.reference).is_file():
             raise RunError(
-                f"evaluate.reference: no file {config.reference!r}; give {FASHION_TRAIN}, a sample .npz or an ADM .npz, "
-                "or evaluate: null"
+                f"evaluate.reference: no file {config.reference!r}; give {FASHION_TRAIN}, a sample .npz or "
+                "an ADM .npz, or evaluate: null"
             )
         if config.features != "auto":
             load_features(config.features)

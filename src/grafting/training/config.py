@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -105,7 +105,18 @@ def settings(kind: type[Kind], given: Kind | Mapping[str, Any] | None, where: st
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"]) or where
         if problem["type"] == "extra_forbidden":
-            known = list(kind.model_fields)
+            known = list(_nested(kind, problem["loc"][:-1]).model_fields)
             hint = closest(key.split(".")[-1], known)
             raise RunError(f"{where}: unknown key {key!r}{hint}; known: {', '.join(known)}") from None
-        raise RunError(f"{where}: {key}={str(problem['input'])[:80]!r}: {problem['msg']}") from None
+        raise RunError(
+            f"{where}: {key}={str(problem['input'])[:80]!r}: {problem['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _nested(kind: type[Settings], keys: Sequence[int | str]) -> type[Settings]:
+    """The settings under these keys of `kind`; `kind` itself where there are none of their own."""
+    for key in keys:
+        field = kind.model_fields.get(str(key))
+        kinds = get_args(field.annotation) or (field.annotation,) if field else ()
+        kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, Settings)), kind)
+    return kind
