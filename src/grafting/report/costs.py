@@ -60,7 +60,7 @@ def _target_table(run: RunRecord, num_layers: Any) -> Html | None:
             for key in ("operator_flops", "featurizer_flops", "flops", "params")
         ]
         rows.append([
-            f"{words.TARGETS.get(swap.target, swap.target)} → {swap.label}", ranges(swap.layers),
+            swap.became, ranges(swap.layers),
             f"{100 * share:.3g} %" if share is not None else MISSING,
             *[change(value) if value is not None else MISSING for value in (changes if split else changes[2:])],
         ])  # fmt: skip

@@ -131,7 +131,8 @@ def stage_two(run: RunRecord) -> Html:
             lines.append(Series(label, tx, ty, color, dashed=True, faint=True))
     plots: list[Child] = []
     if lines:
-        caption = f"Training loss and its unweighted terms. {_spike_words(jumps, x)}"
+        terms = " and its unweighted terms" if len(lines) > 1 else ""
+        caption = f"Training loss{terms}. {_spike_words(jumps, x)}"
         plots.append(_curves(lines, "loss", caption, log_y=True, listed=True))
     singles = (
         ("held-out loss", checks, STUDENT,
@@ -171,7 +172,7 @@ def _curves(
     drawn = line_plot(
         series, f"{y_label} over steps: {what}, {ends}", y_label=y_label, log_y=log_y, tall=tall
     )
-    return figure([drawn, legend(series)] if listed else drawn, caption)
+    return figure([drawn, legend(series)] if listed and len(series) > 1 else drawn, caption)
 
 
 def _spike_words(jumps: Sequence[int], x: Sequence[float]) -> str:
@@ -190,7 +191,7 @@ def _groups(run: RunRecord, paths: Sequence[str]) -> list[tuple[str, list[str]]]
         members = [p for p in left if p in {words.plain(edit.get("path")) for edit in swap.edits}]
         left = [p for p in left if p not in members]
         if members:
-            found.append((f"{words.TARGETS.get(swap.target, swap.target)} → {swap.label}", members))
+            found.append((swap.became, members))
     return [*found, ("operators", left)] if left else found
 
 

@@ -69,8 +69,8 @@ def environment_table(found: object) -> Html:
         [str(key).replace("_", " "), plain(value)] for key, value in mapping(found).items()
     ]
     if not rows:
-        return note("The run folder does not say what it ran on.")
-    return data_table("Environment, as the run recorded it.", [Column("", True), Column("", True)], rows)
+        return note("What it ran on was not recorded.")
+    return data_table("Environment, as recorded.", [Column("what", True), Column("value", True)], rows)
 
 
 def determinism(environment: object) -> Html:

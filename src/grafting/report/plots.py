@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grafting.report.format import finite
+from grafting.report.format import finite, si
 from grafting.report.html import Html, clean, el
 
 INK, SOFT, AXIS, GRID, PAPER = "ink", "soft", "axis", "grid", "paper"
@@ -106,7 +106,7 @@ def line_plot(
         axes.plot(
             xs, ys, color=color, linewidth=0.8 if line.faint else 1.3, alpha=0.55 if line.faint else 1.0,
             linestyle=(0, (4, 2)) if line.dashed else "-", solid_joinstyle="round",
-            marker="o" if line.dots or len(xs) == 1 else None, markersize=2.6,
+            marker="o" if (line.dots and len(xs) <= 16) or len(xs) == 1 else None, markersize=2.6,
         )  # fmt: skip
         if line.marks:
             axes.plot([line.x[i] for i in line.marks], [line.y[i] for i in line.marks], "o", markersize=6,
@@ -121,6 +121,8 @@ def line_plot(
 
 def scatter_plot(points: Sequence[Point], describe: str, *, x_label: str, y_label: str) -> Html:
     """Labelled points, each with its spread of y where there is one."""
+    from matplotlib.ticker import FuncFormatter
+
     figure, axes = _axes((5.6, 3.6))
     for point in points:
         if point.spread is not None and point.spread > 0:
@@ -128,7 +130,14 @@ def scatter_plot(points: Sequence[Point], describe: str, *, x_label: str, y_labe
                 [point.x], [point.y], yerr=[point.spread], color=_STAND_IN[AXIS], linewidth=0.9, capsize=2
             )
         axes.plot([point.x], [point.y], "o", color=_STAND_IN[STUDENT], markersize=4.5)
-    axes.margins(0.12)
+    ys = [point.y for point in points]
+    if min(ys) > 1 / _LARGEST and max(ys) > 8 * min(ys):
+        _log_scale(axes)
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        if max(abs(low), abs(high)) >= 1e5:
+            axis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+    axes.margins(0.1)
     axes.autoscale_view()
     _label_points(axes, points)
     axes.set_xlabel(clean(x_label, 80), parse_math=False)
@@ -137,20 +146,23 @@ def scatter_plot(points: Sequence[Point], describe: str, *, x_label: str, y_labe
 
 
 def _label_points(axes: Any, points: Sequence[Point]) -> None:
-    """Labels beside their points, on the side that has room, moved down where they would meet another."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    """Labels beside their points, on the side that has room, moved up where they would meet a lower one."""
+    to_axes = axes.transData + axes.transAxes.inverted()
     taken: list[tuple[float, float, float]] = []
-    for point in sorted(points, key=lambda p: -p.y):
-        across = (point.x - left) / ((right - left) or 1)
-        up = (point.y - bottom) / ((top - bottom) or 1)
+    for point in sorted(points, key=lambda p: p.y):
+        across, height = (float(value) for value in to_axes.transform((point.x, point.y)))
         label = clean(point.label, 36)
-        width, side = 0.017 * len(label), 1 if across < 0.6 else -1
-        start = across + 0.02 if side > 0 else across - 0.02 - width
-        while any(abs(up - y) < 0.055 and start < b and a < start + width for a, b, y in taken):
-            up -= 0.02
+        width, side, up = 0.016 * len(label), 1 if across < 0.6 else -1, height
+        start = across if side > 0 else across - width
+        while any(abs(up - y) < 0.05 and start < b and a < start + width for a, b, y in taken):
+            up += 0.01
         taken.append((start, start + width, up))
-        axes.text(across + 0.015 * side, up, label, transform=axes.transAxes, fontsize=_TEXT_SIZE - 0.5,
-                  color=_STAND_IN[INK], va="center", ha="left" if side > 0 else "right", parse_math=False)  # fmt: skip
+        text = across + 0.03 * side
+        if up - height > 0.02:
+            axes.plot([across, text - 0.005 * side], [height, up], color=_STAND_IN[AXIS], linewidth=0.5,
+                      transform=axes.transAxes)  # fmt: skip
+        axes.text(text, up, label, transform=axes.transAxes, fontsize=_TEXT_SIZE - 0.5, color=_STAND_IN[INK],
+                  va="center", ha="left" if side > 0 else "right", parse_math=False)  # fmt: skip
 
 
 def _axes(size: tuple[float, float]) -> tuple[Any, Any]:

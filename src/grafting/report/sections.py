@@ -81,32 +81,26 @@ def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
         f"of the pretraining FLOPs: {si(total.flops, 'FLOPs')}, teacher passes included; "
         f"{count(total.visits)} image visits",
     ) if stages else ("Cost of the edit", MISSING, "no training stage is done")  # fmt: skip
-    each = " + ".join(f"{words.STAGE_NAMES[s.name].split(',')[0]} {duration(s.seconds)}" for s in stages)
+    each = " + ".join(f"{words.STAGE_NAMES[s.name].split(',')[0]}: {duration(s.seconds)}" for s in stages)
     time = ("Wall time of training", duration(total.seconds), each or "no training stage is done")
     return [quality, cost, spent, time]
 
 
 def layer_map(run: RunRecord) -> Html | None:
-    """A row of cells per target: which blocks have a new operator."""
+    """A row of cells per swap: which blocks have a new operator."""
     num_layers = run.stage("graft").get("num_layers")
     if not isinstance(num_layers, int) or not 0 < num_layers <= 200 or not run.edits:
         return None
     rows = []
-    for target in dict.fromkeys(words.plain(edit.get("target")) for edit in run.edits):
-        new = {edit.get("layer"): edit for edit in run.edits if words.plain(edit.get("target")) == target
-               and isinstance(edit.get("layer"), int)}  # fmt: skip
-        cells = [
-            el("td", words.plain(new[i].get("to")), class_="new")
-            if i in new
-            else el("td", "·", title="unchanged")
-            for i in range(num_layers)
-        ]
-        rows.append(el("tr", el("th", words.TARGETS.get(target, target), scope="row"), cells))
+    for swap in words.swaps(run.edits):
+        new = set(swap.layers)
+        cells = [el("td", "●", class_="new") if i in new else el("td", "·") for i in range(num_layers)]
+        rows.append(el("tr", el("th", swap.became, scope="row"), cells))
     head = el("tr", el("th", "block", scope="col"), [el("th", i, scope="col") for i in range(num_layers)])
     return el(
-        "div", el("table", el("caption", "What became what; a dot is a block that keeps its operator."),
+        "div", el("table", el("caption", "Which blocks have a new operator."),
                   el("thead", head), el("tbody", rows), class_="cells"),
-        class_="scroll", role="region", tabindex=0, aria_label="What became what, by block",
+        class_="scroll", role="region", tabindex=0, aria_label="Which blocks have a new operator",
     )  # fmt: skip
 
 
@@ -156,10 +150,11 @@ def layers(run: RunRecord) -> Html:
         config, target = mapping(edit.get("config")), words.plain(edit.get("target", "?"))
         rows.append([
             words.plain(edit.get("path", "?")), words.TARGETS.get(target, target),
-            f"{words.plain(edit.get('from', '?'))} → {words.plain(edit.get('to', '?'))}",
+            words.arrow(words.plain(edit.get("from", "?")), words.plain(edit.get("to", "?"))),
             ", ".join(f"{k} {words.plain(v)}" for k, v in config.items()) or "defaults",
             words.plain(edit.get("init", MISSING)),
-            f"{count(params[0])} → {count(params[1])}", f"{si(flops[0])} → {si(flops[1])}", change(relative(*flops)),
+            words.arrow(count(params[0]), count(params[1])),
+            words.arrow(si(flops[0]), si(flops[1])), change(relative(*flops)),
         ])  # fmt: skip
     columns = [Column(name, _TEXT) for name in ("operator", "target", "became", "settings", "start")]
     columns += [Column("parameters"), Column("FLOPs per image"), Column("change")]

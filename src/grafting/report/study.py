@@ -9,7 +9,7 @@ from typing import Any
 from grafting.errors import GraftError, RunError
 from grafting.formats.weights import write_bytes
 from grafting.report import images
-from grafting.report.format import MISSING, duration, finite, mapping, sequence, significant
+from grafting.report.format import MISSING, duration, finite, mapping, sequence, si, significant
 from grafting.report.html import Child, Column, Html, clean, data_table, document, el, figure, note, section
 from grafting.report.page import determinism, environment_table
 from grafting.report.plots import Point, drawable, scatter_plot
@@ -25,7 +25,8 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> Path:
     study: {"name", "title", "about", "columns": [{"key", "label"}], "rows": [{"name", "label", one value per column
     key, "std"?: {key: spread}, "samples": path of an .npz (relative to `folder`) or None, "seconds"}],
     "findings": [sentences], "environment": {name: value}, "scatter": {"x": key, "y": key} or None,
-    "protocol"?: {field: value}}. Values may be numbers, text or None. Raises RunError where `study` has no rows.
+    "protocol"?: {field: value}, "command"?: how to run it again}. Values may be numbers, text or None.
+    Raises RunError where `study` has no rows.
     """
     folder = Path(folder)
     rows = [row for row in sequence(mapping(study).get("rows")) if isinstance(row, Mapping)]
@@ -70,12 +71,13 @@ def _table(study: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Html:
     for row in rows:
         cells: list[Child] = [_label(row), *[_value(row, key) for key, _ in columns]]
         body.append([*cells, duration(row.get("seconds"))] if timed else cells)
-    heads = [Column("", True), *[Column(label, key in text) for key, label in columns]]
+    heads = [Column("variant", True), *[Column(label, key in text) for key, label in columns]]
     heads += [Column("wall time")] if timed else []
     protocol = mapping(study.get("protocol"))
+    caption = "All variants under one protocol." if protocol else "All variants."
     spread = any(mapping(row.get("std")) for row in rows)
     return section(
-        "results", "Results", data_table("All rows under one protocol.", heads, body),
+        "results", "Results", data_table(caption, heads, body),
         note("± is the standard deviation over seeds.") if spread else None,
         note(f"Protocol: {protocol_sentence(protocol)}.") if protocol else None,
     )  # fmt: skip
@@ -87,6 +89,8 @@ def _value(row: Mapping[str, Any], key: str) -> str:
         return MISSING if value is None or isinstance(value, float) else plain(value)
     if key == "seconds":
         return duration(value)
+    if abs(value) >= 1e5:
+        return si(value)
     spread = finite(mapping(row.get("std")).get(key))
     return significant(value) if spread is None else f"{significant(value)} ± {significant(spread, 2)}"
 
@@ -145,9 +149,9 @@ def _strips(folder: Path, rows: list[Mapping[str, Any]]) -> Html | None:
 
 
 def _provenance(study: Mapping[str, Any]) -> Html:
-    name = study.get("name")
+    command = study.get("command")
     return section(
         "provenance", "What was run on what", environment_table(study.get("environment")),
-        el("pre", el("code", f"graft study {plain(name)}")) if isinstance(name, str) and name else None,
+        el("pre", el("code", plain(command))) if command else None,
         determinism(study.get("environment")),
     )  # fmt: skip

@@ -58,8 +58,8 @@ font-size:.8rem;color:var(--soft)}
 .strip{display:grid;grid-template-columns:minmax(6rem,13rem) minmax(0,1fr);align-items:center;
 gap:.35rem 1rem;font-size:.9rem}
 .cells{border-spacing:2px;border-collapse:separate;font-size:.75rem}
-.cells th,.cells td{border:0;padding:.2rem .3rem;text-align:center;min-width:2.1em;white-space:nowrap}
-.cells tbody th{text-align:left;padding-right:.8rem}
+.cells th,.cells td{border:0;padding:.15rem .1rem;text-align:center;min-width:2em;white-space:nowrap}
+.cells tbody th,.cells thead th:first-child{text-align:left;padding-right:.8rem}
 .cells thead th{color:var(--soft)}
 .cells td{background:var(--card);color:var(--soft);border-radius:2px}
 .cells td.new{background:var(--student);color:var(--paper)}

@@ -43,11 +43,21 @@ class Swap:
         """The operator with its configuration: mlp (ratio 3)."""
         return operator_label(self.new, self.config)
 
+    @property
+    def became(self) -> str:
+        """What became what: attention → hyena_x."""
+        return arrow(TARGETS.get(self.target, self.target), self.label)
+
 
 def operator_label(name: str, config: Mapping[str, Any]) -> str:
     """An operator's name with what its configuration says."""
     settings = ", ".join(f"{key} {plain(value)}" for key, value in config.items())
     return f"{name} ({settings})" if settings else name
+
+
+def arrow(before: str, after: str) -> str:
+    """Before and after on one line."""
+    return f"{before}\u00a0→\u00a0{after}"
 
 
 def plain(value: Any) -> str:
