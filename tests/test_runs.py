@@ -28,8 +28,9 @@ QUICK = {
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny teacher, one of 28 blocks, and tiny data."""
     folder = tmp_path_factory.mktemp("world")
-    for name, depth in (("model", 4), ("deep", 28)):
-        save_model(tiny_dit(depth=depth, patch_size=4, num_classes=10), folder / name)
+    for name, depth, width in (("model", 4, 32), ("deep", 28, 16)):
+        teacher = tiny_dit(depth=depth, hidden_size=width, patch_size=4, num_classes=10)
+        save_model(teacher, folder / name)
     generator = np.random.default_rng(0)
     np.savez(
         folder / "data.npz",
@@ -185,8 +186,8 @@ def test_stage_1_leaves_the_rest_of_the_model_and_what_is_stored_small(world: Pa
         ({"model": "nowhere"}, "nowhere"),
         ({"plan": [{"replace": {"target": "mha", "layers": [4], "with": "swa"}}]}, "layer 4"),
         ({"plan": [{"replace": {"target": "mha", "layers": "top-local-50", "with": "swa"}}]}, "graft locality"),
-        ({"locality": "nowhere.json", "plan": [{"replace": {"target": "mha", "layers": "top-local-50", "with": "swa"}}]},
-         "nowhere.json"),
+        ({"locality": "nowhere.json",
+          "plan": [{"replace": {"target": "mha", "layers": "top-local-50", "with": "swa"}}]}, "nowhere.json"),
     ],
     ids=str,
 )  # fmt: skip
@@ -201,7 +202,8 @@ def test_what_can_be_refused_is_refused_before_any_work(
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"modle": "x"}, "model"), ({"distill": {"stesp": 3}}, "distill.stesp.*steps.*known: steps"), ({"preset": "papper"}, "paper"),
+        ({"modle": "x"}, "model"),
+        ({"distill": {"stesp": 3}}, "distill.stesp.*steps.*known: steps"), ({"preset": "papper"}, "paper"),
         ({"seed": -1}, "seed"), ({"fraction": 0}, "fraction"), ({"sample": {"sampler": "euler"}}, "sampler"),
         ({"sample": {"steps": 0}}, "steps"), ({"sample": {"guidance": float("inf")}}, "guidance"),
         ({"finetune": {"objectives": {"difusion": 1}}}, "objectives"), ({"plan": "interleaved-50"}, "plan"),
