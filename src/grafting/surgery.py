@@ -84,6 +84,8 @@ class Explanation:
                     "init": edit.entry.init,
                     "params": [edit.before.params, edit.after.params],
                     "flops": [edit.before.total, edit.after.total],
+                    "operator_flops": [edit.before.operator, edit.after.operator],
+                    "featurizer_flops": [edit.before.featurizer, edit.after.featurizer],
                 }
                 for edit in self.edits
             ],
