@@ -348,11 +348,10 @@ def main() -> None:
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException) and type(error).__module__.split(".")[0] != "typer":
+        if type(error).__module__.split(".")[0] not in ("click", "typer"):  # newer typers carry click inside
             raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        describe = getattr(error, "format_message", None)
+        message = str(describe() if describe else error)
         if message:
             print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -68,7 +68,10 @@ def generate(
     model.eval()
     writer: SampleWriter | None = None
     first: list[np.ndarray] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GraftError(f"can't write {str(path)!r}: {error.strerror}; give another place") from None
     try:
         for index in torch.arange(num).split(batch_size):
             index = index.to(device)

@@ -38,7 +38,7 @@ def load_model(
         isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1
     ):
         raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number of at least 1")
-    device = _device(device)
+    device = as_device(device)
     if source.startswith("arch:"):
         with torch.device(device):
             model: nn.Module = DiT(named_config(source.removeprefix("arch:")))
@@ -144,7 +144,8 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
-def _device(device: str | torch.device) -> torch.device:
+def as_device(device: str | torch.device) -> torch.device:
+    """A torch device by name. Raises GraftError for one that PyTorch does not know."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError):

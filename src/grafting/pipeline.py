@@ -26,7 +26,7 @@ from grafting.families import family_of
 from grafting.formats import weights
 from grafting.formats.graft_folder import save_graft
 from grafting.generation import generate
-from grafting.loading import load_model, pretraining_visits
+from grafting.loading import as_device, load_model, pretraining_visits
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder
 from grafting.surgery import explain, graft
@@ -51,7 +51,7 @@ class Pipeline:
     _data: DataSource | None = None
 
     def __post_init__(self) -> None:
-        self.compute = make_compute(torch.device(self.device), "fp32")
+        self.compute = make_compute(as_device(self.device), "fp32")
         self.device = str(self.compute.device)
 
     @property
