@@ -250,6 +250,24 @@ def test_cached_mode_learns_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("mode", ["one-pass", "cached"])
+def test_both_stages_run_on_bf16_weights(teacher: nn.Module, data: ImageLabelDataset, mode: str) -> None:
+    low = copy.deepcopy(teacher).to(torch.bfloat16)
+    plan = GraftPlan(
+        [Replace("mha", [1], "hyena_x"), Replace("mha", [2], "mamba2", {"d_state": 8, "head_dim": 8})]
+    )
+    student = graft(low, plan)
+    result = distill(student, low, data, {**STAGE_1, "mode": mode, "steps": 30, "cache_samples": 40})
+    for path, error in result.final_error.items():
+        assert error < 0.9 * result.start_error["random"][path]
+    finetune(
+        student, data, {**STAGE_1, "steps": 3, "objectives": {"output": 1.0, "features": 1.0}}, teacher=low
+    )
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    x = torch.randn(2, 1, 8, 8)
+    assert diffusion.sample(student, x, torch.tensor([0, 1]), steps=2, guidance=1.5).dtype == torch.float32
+
+
 # ---- stage 2
 
 

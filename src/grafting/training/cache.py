@@ -35,6 +35,7 @@ class ActivationCache:
     ):
         self.folder, self.arrays, self.size = folder, arrays, size
         self.seed, self.device = stage.config.seed, stage.compute.device
+        self.dtype = next(stage.teacher.parameters()).dtype
         self.bytes = sum(array.nbytes for triple in arrays.values() for array in triple)
         self.seconds = 0.0  # that collecting took
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
@@ -90,7 +91,7 @@ class ActivationCache:
         picked = rows.numpy()
         return {
             path: Tap(
-                *(torch.from_numpy(array[picked]).to(self.device).float() for array in self.arrays[path])
+                *(torch.from_numpy(array[picked]).to(self.device, self.dtype) for array in self.arrays[path])
             )
             for path in paths
         }

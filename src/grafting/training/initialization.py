@@ -30,7 +30,7 @@ def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: 
     normal = torch.zeros(features + 1, features + 1, dtype=double, device=device)
     target = torch.zeros(features + 1, width, dtype=double, device=device)
     for tap in taps:
-        z = operator.mix(tap.input).reshape(-1, features).to(double)
+        z = operator.mix(tap.input.to(readout.weight.dtype)).reshape(-1, features).to(double)
         if readout.bias is not None:
             z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
         else:
