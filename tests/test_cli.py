@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import FIXTURES, prediction, tiny_dit
 
-from grafting import GraftPlan, Replace, cli, graft, load_model, save_graft, save_model
+from grafting import GraftPlan, Replace, cli, diffusion, graft, load_model, save_graft, save_model
 from grafting.errors import RunError
 from grafting.formats.published import export_published
+from grafting.runs import RunFolder
 from grafting.yaml_io import load_yaml
 
 Graft = Callable[..., tuple[int, str, str]]
@@ -394,6 +395,46 @@ def test_a_run_that_diverges_exits_with_3_and_keeps_what_was_good(
 
 
 # ---- signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_outside_of_training_leaves_nothing_half_written(
+    run: Graft,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    status: int,
+) -> None:
+    calls = []
+
+    def interrupted(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return diffusion.sample(*arguments, **options)
+
+    monkeypatch.setattr("grafting.generation.sample", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "out"
+    code, stdout, stderr = run(
+        "sample", world / "model", "--num", 8, "--batch-size", 4, "--steps", 2, "--out", out / "x.npz"
+    )
+    assert (code, stdout) == (status, "")
+    assert stderr.splitlines()[-1] in ("error: interrupted", "error: terminated")
+    assert list(out.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_second_signal_ends_a_stage_at_once(tmp_path: Path) -> None:
+    folder, seen = RunFolder(tmp_path), []
+    with pytest.raises(KeyboardInterrupt), folder.stoppable():  # noqa: PT012
+        assert folder.stop_requested() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(folder.stop_requested())
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append("never")
+    assert seen == [143]
 
 
 def start(arguments: list[Any]) -> subprocess.Popen[str]:

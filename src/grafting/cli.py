@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -336,14 +338,20 @@ def main() -> None:
     from grafting.errors import GraftError
     from grafting.training.loop import Interrupted
 
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
     except GraftError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except Interrupted as stop:
         print(f"error: {stop}", file=sys.stderr)
         raise SystemExit(stop.code) from None
+    except _Terminated:
+        print("error: terminated", file=sys.stderr)
+        raise SystemExit(143) from None
     except (KeyboardInterrupt, typer.Abort):
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -355,7 +363,17 @@ def main() -> None:
         if message:
             print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside of a training stage (which stops by itself): what is half written is taken back."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _console() -> Any:
