@@ -149,6 +149,8 @@ def bad_inputs() -> list[tuple[str, list[str], str]]:
         ("setting out of range", [*run, "--set", "distill.lr=-1"], "lr"),
         ("no such reference", [*run, "--set", "evaluate.reference=no.npz"], "no.npz"),
         ("no such device", [*run, "--device", "quantum"], "quantum"),
+        ("device not here", [*run, "--device", "cuda:99"], "cuda:99"),
+        ("sample on a device not here", [*sample, "{o}/x.npz", "--device", "cuda:99"], "cuda:99"),
         ("no such dtype", [*run, "--dtype", "int3"], "int3"),
         ("sample where a file is", [*sample, "{w}/plan.yaml/x.npz"], "plan.yaml"),
         ("sample to no npz", [*sample, "{o}/x.png"], "npz"),

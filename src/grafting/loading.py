@@ -145,11 +145,17 @@ def _from_hub(name: str) -> Path:
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """A torch device by name. Raises GraftError for one that PyTorch does not know."""
+    """A torch device by name. Raises GraftError for one that PyTorch does not know, or that is not here."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError):
         raise GraftError(f"unknown device {device!r}: expected cpu, cuda, cuda:1, mps or meta") from None
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise GraftError(f"can't compute on device {str(found)!r} here: {reason}") from None
+    return found
 
 
 def pretraining_visits(model: nn.Module) -> float | None:
