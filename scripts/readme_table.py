@@ -43,7 +43,7 @@ def collect(run: Path) -> dict[str, Any]:
         "recipe": folder.recipe(),
         "evaluation": json.loads((run / "evaluation.json").read_text(encoding="utf-8")),
         "stages": stages,
-        "environment": state.get("environment", {}),
+        "environment": {k: v for k, v in state.get("environment", {}).items() if k != "platform"},
     }
 
 
@@ -90,7 +90,8 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
     if shares:
         found.append(f"Together they took {sum(shares):.2%} of the FLOPs of the teacher's pretraining.")
     environment = data["environment"]
-    machine = environment.get("gpu") or f"{environment.get('threads')} CPU threads"
+    threads = environment.get("threads")
+    machine = environment.get("gpu") or f"{threads} CPU thread{'s' if threads != 1 else ''}"
     found.append(f"Run on {machine}, torch {environment.get('torch')}.")
     return [" ".join(found)]
 
