@@ -260,7 +260,7 @@ def environment() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    found["platform"] = platform.platform(terse=True)
+    found["platform"] = f"{platform.system()} {platform.machine()}"
     found["cpu_count"] = os.cpu_count()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(0)

@@ -58,8 +58,8 @@ STUDIES = {
         name="demo-ablation",
         title="What each part of the method does, on dit-fashion",
         about=(
-            "Half of the attention of dit-fashion becomes hyena_x. Same data, noise and budgets in every row. Controls: "
-            "the teacher under other noise, and the teacher finetuned with the same stage-2 budget."
+            "Half of the attention of dit-fashion becomes hyena_x. Same data, noise and budgets in every row. "
+            "Controls: the teacher under other noise, and the teacher finetuned with the same stage-2 budget."
         ),
         recipe="demo",
         rows=(
@@ -234,10 +234,26 @@ def _collect(study: Study, base: Recipe, folder: Path) -> dict[str, Any]:
         "about": study.about,
         "columns": [{"key": key, "label": label} for key, label in columns],
         "rows": rows,
-        "findings": [],
+        "findings": _findings(rows),
         "recipe": base.to_dict(),
+        "protocol": base.sample.model_dump(mode="json") | {"data": base.data, "seed": base.seed},
+        "command": f"graft study {study.name} --seed {base.seed}",
         "environment": environment(),
         "scatter": {"x": "share_of_pretraining", "y": "fd"},
     }
     weights.write_json(folder / "study.json", data)
     return data
+
+
+def _findings(rows: list[dict[str, Any]]) -> list[str]:
+    """What the numbers say at once: every row's Frechet distance over the teacher's, and how far noise alone goes."""
+    by_name = {row["name"]: row for row in rows}
+    teacher, other = by_name.get("teacher", {}).get("fd"), by_name.get("teacher-noise", {}).get("fd")
+    if not teacher or not other:
+        return []
+    found = [f"Another noise seed moves the teacher's Frechet distance from {teacher:.2f} to {other:.2f}."]
+    ranked = sorted(
+        (r for r in rows if r.get("fd") and not r["name"].startswith("teacher")), key=lambda r: r["fd"]
+    )
+    found += [f"{row['label']}: {row['fd'] / teacher:.2f} times the teacher's distance." for row in ranked]
+    return found
