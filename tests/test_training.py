@@ -602,6 +602,8 @@ def test_a_student_without_a_plan_or_of_another_shape_is_refused(
     with pytest.raises(RunError, match="teacher="):
         finetune(graft(teacher, RANDOM), data, {**STAGE_1, "objectives": {"output": 1.0}})
     student = graft(teacher, RANDOM)
+    with pytest.raises(PlanError, match="teacher is the student"):
+        distill(student, student, data, STAGE_1)
     for other in (
         tiny_dit(hidden_size=64),
         tiny_dit(depth=2),

@@ -110,6 +110,8 @@ def distill(
     """
     config = settings(DistillConfig, config, "distill")
     journal = journal or Quiet()
+    if teacher is student:
+        raise PlanError("the teacher is the student itself: give the model that was grafted as teacher")
     family = family_and_model(student, teacher)
     compute = make_compute(next(student.parameters()).device, config.precision)
     teacher = teacher.to(compute.device).eval()
