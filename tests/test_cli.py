@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, prediction, tiny_dit
+from safetensors.torch import load_file
 
 from grafting import GraftPlan, Replace, cli, diffusion, graft, load_model, save_graft, save_model
 from grafting.errors import RunError
@@ -394,6 +395,22 @@ def test_a_run_that_diverges_exits_with_3_and_keeps_what_was_good(
     assert "diverged" in errors[0]
     assert stderr.splitlines()[-1] == errors[0]
     assert prediction(load_model(tmp_path / "r")).isfinite().all()
+
+
+def test_two_processes_are_one(run: Graft, world: Path, tmp_path: Path) -> None:
+    arguments = ["run", world / "tiny.yaml", "--set", "evaluate=null", "--set", "sample.num=4", "--out"]
+    assert run(*arguments, tmp_path / "one")[0] == 0
+    process = start([*arguments, tmp_path / "two", "--processes", 2])
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    states = [load_file(next((tmp_path / name).glob("graft/*.safetensors"))) for name in ("one", "two")]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert (tensor - states[1][name]).abs().max() < 1e-3, name
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1])
+    a, b = (np.load(tmp_path / name / "samples/student.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    assert np.abs(a - b).max() <= 2
 
 
 # ---- signals

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, prediction, tiny_dit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grafting import GraftPlan, Replace, graft, load_graft, load_model, save_graft, save_model
+from grafting import GraftPlan, Replace, explain, graft, load_graft, load_model, save_graft, save_model
 from grafting.errors import CheckpointError, GraftError
 from grafting.formats import weights
 from grafting.formats.published import export_published, import_published
@@ -319,6 +321,40 @@ def test_a_self_contained_graft_keeps_its_dtype(tmp_path: Path, model: nn.Module
     loaded = load_graft(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert equal_states(loaded, student)
+
+
+_CHOICES = {
+    "mha": [("hyena_se", {"kernel_size": 3}), ("hyena_x", {}), ("hyena_y", {}), ("swa", {"window": 1}),
+            ("mamba2", {"d_state": 8, "head_dim": 8}), ("mha", {})],
+    "mlp": [("mlp", {"ratio": 2}), ("mlp", {"ratio": 6}), ("mlp_hyena_x", {})],
+}  # fmt: skip
+
+
+@settings(max_examples=15, deadline=None)
+@given(draw=st.data(), seed=st.integers(0, 2**31 - 1))
+def test_any_mix_of_operators_explains_grafts_saves_and_loads(draw: st.DataObject, seed: int) -> None:
+    import tempfile
+
+    entries = []
+    for target, choices in _CHOICES.items():
+        for layer in range(4):
+            choice = draw.draw(st.sampled_from([None, *choices]))
+            init = draw.draw(st.sampled_from(["donor", "random"]))
+            entries += [Replace(target, [layer], *choice, init=init)] if choice else []
+    if not entries:
+        return
+    model, plan = tiny_dit(), GraftPlan(entries)
+    said, student = explain(model, plan), graft(model, plan, seed=seed)
+    assert said.params[1] == sum(p.numel() for p in student.parameters())
+    assert prediction(student).isfinite().all()
+    with tempfile.TemporaryDirectory() as folder:
+        save_graft(student, folder)
+        loaded = load_graft(folder, base=model)
+        assert equal_states(loaded, student)
+        assert record_of(loaded).plan == plan.resolve(4)
+        if record_of(loaded).base_digests:  # again from what was loaded, in training or not
+            save_graft(loaded, f"{folder}/again")
+            assert equal_states(load_graft(f"{folder}/again", base=model), student)
 
 
 def test_a_wrong_base_is_refused(tmp_path: Path, model: nn.Module) -> None:
