@@ -329,3 +329,15 @@ def test_non_finite_numbers_become_null_in_the_log(tmp_path: Path) -> None:
         {"stage": "s", "step": 1, "loss": float("nan"), "all": {"a": float("inf"), "b": [1.0, float("-inf")]}}
     )
     assert folder.metrics() == [{"stage": "s", "step": 1, "loss": None, "all": {"a": None, "b": [1.0, None]}}]
+
+
+def test_a_run_does_not_go_on_with_other_data(world: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.npz"
+    data.write_bytes((world / "data.npz").read_bytes())
+    recipe = tiny(world, data=str(data), finetune=None)
+    run(recipe, tmp_path / "run")
+    with np.load(data) as arrays:
+        np.savez(data, arr_0=arrays["arr_0"] + 1e-3, arr_1=arrays["arr_1"])
+    pipeline = open_pipeline(tmp_path / "run", Console(quiet=True))
+    with pytest.raises(RunError, match=r"the data 'data' is no longer what this run began with"):
+        pipeline.finetune()

@@ -136,6 +136,7 @@ class Pipeline:
         )
 
     def _train(self, stage: str, work: Any) -> dict[str, Any]:
+        self.run.bind("data", self.data.name, self.data.content_hash)
         student = self.student()
         with self.run.stoppable():
             result = work(student).to_dict()

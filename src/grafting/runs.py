@@ -114,6 +114,20 @@ class RunFolder:
         self._write(state)
         shutil.rmtree(self.path / "checkpoints" / stage, ignore_errors=True)
 
+    def bind(self, what: str, name: str, sha256: str) -> None:
+        """Record what this run works on, by hash; on a later call, refuse anything else. Raises RunError."""
+        state = self.read()
+        known = state.setdefault("inputs", {}).get(what)
+        if known is None:
+            state["inputs"][what] = {"name": name, "sha256": sha256}
+            if self.writer:
+                self._write(state)
+        elif known.get("sha256") != sha256:
+            raise RunError(
+                f"{str(self.path)!r}: the {what} {name!r} is no longer what this run began with (its content has "
+                "changed); restore it, or give another --out"
+            )
+
     def _write(self, state: Mapping[str, Any]) -> None:
         weights.write_json(self.path / "run.json", _plain(state))
 
