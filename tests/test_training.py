@@ -315,10 +315,11 @@ def test_every_objective_goes_down(
     family = family_of(student)
     probe = batches(data, teacher, "probe").at(torch.arange(64))
     layers = tuple(range(4))
+    config = FinetuneConfig(objectives=objectives)
 
     def value() -> float:
         with torch.no_grad():
-            return mixed_loss(family, student, teacher, probe, objectives, layers, 1e-3)[0].item()
+            return mixed_loss(family, student, teacher, probe, config, layers)[0].item()
 
     before = value()
     result = finetune(
@@ -334,12 +335,19 @@ def test_objectives_in_closed_form(teacher: nn.Module, data: ImageLabelDataset) 
     student, family = graft(teacher, RANDOM), family_of(teacher)
     batch = batches(data, teacher).at(torch.arange(16))
     weights = {"diffusion": 0.3, "output": 2.0, "features": 0.7}
-    loss, terms = mixed_loss(family, student, teacher, batch, weights, (0, 3), 0.0)
+    config = FinetuneConfig(
+        objectives=weights, feature_outliers=0.0, output_snr_cap=20.0, output_variance=0.5
+    )
+    loss, terms = mixed_loss(family, student, teacher, batch, config, (0, 3))
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    weight = ((1 - alpha_bar) / alpha_bar).clamp(1, 20)
+    weight = (weight / weight.mean())[batch.t].float()
     with torch.no_grad():
         a, mine = family.predict_with_features(student, batch.x_t, batch.t, batch.cond, (0, 3))
         b, theirs = family.predict_with_features(teacher, batch.x_t, batch.t, batch.cond, (0, 3))
         wanted = {
-            "output": F.mse_loss(a, b),
+            "output": (weight * (a - b)[:, : batch.x0.shape[1]].square().mean((1, 2, 3))).mean()
+            + 0.5 * F.mse_loss(a[:, batch.x0.shape[1] :], b[:, batch.x0.shape[1] :]),
             "diffusion": diffusion.loss_from_output(a, batch.x0, batch.t, batch.noise)["loss"].mean(),
             "features": sum((mine[i] - theirs[i]).square().sum() / theirs[i].square().sum() for i in (0, 3))
             / 2,

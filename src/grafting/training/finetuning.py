@@ -223,10 +223,7 @@ class _Stage:
         share = self.compute.share(index)
         batch = self.batches.at(share)
         with self.compute.autocast():
-            loss, terms = mixed_loss(
-                self.family, self.student, self.teacher, batch, self.config.objectives,  # type: ignore[arg-type]
-                self.layers, self.config.feature_outliers,
-            )  # fmt: skip
+            loss, terms = mixed_loss(self.family, self.student, self.teacher, batch, self.config, self.layers)
         (loss * (len(share) / len(index))).backward()
         parameters = list(self.parameters.values())
         self.compute.sum_gradients(parameters)

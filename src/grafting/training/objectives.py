@@ -12,13 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from grafting.diffusion import loss_from_output
+from grafting.diffusion.process import tables
 from grafting.families import Family
+from grafting.training.config import FinetuneConfig
 from grafting.training.loop import Batch
 
 
-def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two raw predictions [B, 2C, H, W], noise and variance halves alike: scalar."""
-    return (student.float() - teacher.float()).square().mean()
+def noise_weight(t: Tensor, cap: float) -> Tensor:
+    """Truncated SNR weighting (arXiv 2202.00512, section 4): clamp(1 / SNR(t), 1, cap), mean 1 over all t: [B].
+
+    1 / SNR turns a squared error of the noise into one of the image. Without it, t below 125 owns the loss of a student
+    that is near its teacher, and the errors that decide an image's shape (t above 500) weigh nothing.
+    """
+    table = tables(t.device)
+    inverse_snr = (table.sqrt_one_minus_alpha_bar / table.sqrt_alpha_bar).square().clamp(1.0, cap)
+    return (inverse_snr / inverse_snr.mean())[t]
+
+
+def output_loss(
+    student: Tensor, teacher: Tensor, t: Tensor, channels: int, cap: float, variance: float
+) -> Tensor:
+    """Squared difference of two raw predictions [B, 2C or C, H, W] of C channels at timesteps t [B]: scalar.
+
+    The noise half by `noise_weight`; the variance half, if there is one, times `variance`.
+    """
+    error = (student.float() - teacher.float()).square()
+    noise = (noise_weight(t, cap) * error[:, :channels].mean(dim=(1, 2, 3))).mean()
+    return noise + variance * error[:, channels:].mean() if error.shape[1] > channels else noise
 
 
 def feature_loss(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], outliers: float) -> Tensor:
@@ -41,11 +61,12 @@ def feature_loss(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], o
 
 
 def mixed_loss(
-    family: Family, student: nn.Module, teacher: nn.Module | None, batch: Batch,
-    weights: Mapping[str, float], layers: tuple[int, ...], outliers: float,
+    family: Family, student: nn.Module, teacher: nn.Module | None, batch: Batch, config: FinetuneConfig,
+    layers: tuple[int, ...],
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Weighted sum of the objectives on one batch, and its terms (unweighted, detached)."""
     terms: dict[str, Tensor] = {}
+    weights: Mapping[str, float] = {str(name): weight for name, weight in config.objectives.items()}
     use_features = weights.get("features", 0) > 0
     reference: Any = None
     reference_features: dict[int, Tensor] = {}
@@ -59,12 +80,14 @@ def mixed_loss(
                 reference = family.predict(teacher, batch.x_t, batch.t, batch.cond)
     if use_features:
         output, features = family.predict_with_features(student, batch.x_t, batch.t, batch.cond, layers)
-        terms["features"] = feature_loss(features, reference_features, outliers)
+        terms["features"] = feature_loss(features, reference_features, config.feature_outliers)
     else:
         output = family.predict(student, batch.x_t, batch.t, batch.cond)
     if weights.get("diffusion", 0) > 0:
         terms["diffusion"] = loss_from_output(output, batch.x0, batch.t, batch.noise)["loss"].mean()
     if weights.get("output", 0) > 0:
-        terms["output"] = output_loss(output, reference)
+        terms["output"] = output_loss(
+            output, reference, batch.t, batch.x0.shape[1], config.output_snr_cap, config.output_variance
+        )
     loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
     return loss, {name: term.detach() for name, term in terms.items()}
