@@ -399,9 +399,22 @@ def test_the_moving_average_in_closed_form() -> None:
     torch.testing.assert_close(ema.values["p"], wanted)
     ema.swap({"p": parameter})
     torch.testing.assert_close(parameter.data, wanted)
-    torch.testing.assert_close(ema.values["p"], values[11])
     ema.swap({"p": parameter})
     assert torch.equal(parameter.data, values[11])
+    torch.testing.assert_close(ema.values["p"], wanted)
+
+
+def test_the_average_of_bf16_parameters_moves_by_less_than_their_rounding() -> None:
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    ema = EMA({"p": parameter}, 0.999)
+    parameter.data = torch.full((4,), 1.0625, dtype=torch.bfloat16)
+    for step in range(10_000, 10_100):
+        ema.update({"p": parameter}, step)
+        ema.swap({"p": parameter})
+        ema.swap({"p": parameter})
+    torch.testing.assert_close(ema.values["p"], torch.full((4,), 1.0625 - 0.0625 * 0.999**100))
+    assert parameter.dtype == torch.bfloat16
+    assert torch.equal(parameter.data, torch.full((4,), 1.0625, dtype=torch.bfloat16))
 
 
 def test_the_horizon_of_the_average_is_a_share_of_the_run(
