@@ -208,7 +208,8 @@ def stage_costs(run: RunRecord) -> list[StageCost]:
         visits, flops = finite(stage.get("image_visits")), finite(stage.get("flops"))
         passes = visits if _uses_teacher(run, name) else 0.0
         if name == "distill" and run.settings(name).get("mode") == "cached":
-            passes = finite(run.settings(name).get("cache_samples"))
+            stored = [finite(run.settings(name).get("cache_samples")), _planned_visits(run, name)]
+            passes = min((number for number in stored if number is not None), default=None)
         teacher = None if passes is None or before is None else passes * before
         found.append(StageCost(
             name=name, steps=finite(stage.get("steps")), visits=visits, flops=flops, teacher_flops=teacher,
@@ -229,6 +230,11 @@ def total_cost(costs: Sequence[StageCost]) -> StageCost:
         flops=add([c.flops for c in costs]), teacher_flops=add([c.teacher_flops for c in costs]),
         share=add([c.share for c in costs]), seconds=add([c.seconds for c in costs]),
     )  # fmt: skip
+
+
+def _planned_visits(run: RunRecord, stage: str) -> float | None:
+    steps, batch = (finite(run.settings(stage).get(key)) for key in ("steps", "batch_size"))
+    return steps * batch if steps is not None and batch is not None else None
 
 
 def _uses_teacher(run: RunRecord, stage: str) -> bool:

@@ -163,7 +163,10 @@ class _Stage:
         if config.mode == "cached":
             cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
         clock = Clock(first, config.steps)
-        losses: dict[str, list[Tensor]] = dict(state["unlogged"]) if state is not None else {}
+        losses: dict[str, list[Tensor]] = {
+            path: [loss.to(self.compute.device) for loss in values]
+            for path, values in (state["unlogged"] if state is not None else {}).items()
+        }
         done = first
 
         for step in range(first, config.steps):
@@ -291,7 +294,7 @@ class _Stage:
         return found
 
     def _fit(self, modules: Mapping[str, nn.Module]) -> None:
-        """Ridge least squares of every readout, kept only where it lowers the error on the calibration batch itself."""
+        """Ridge least squares of every readout on one calibration batch."""
         size = min(self.config.fit_samples, len(self.batches.data))
         calibration = Batches(
             self.batches.data, self.family, self.teacher, seed=self.config.seed, purpose=f"{STAGE}/calibration",
@@ -363,11 +366,15 @@ class _Stage:
         return state["start_error"], state["step"], state["seconds"]
 
     def _flops(self, visits: int) -> float:
-        """Teacher passes up to the last site, and three operator passes (forward, backward twice) per visit."""
+        """One whole teacher pass, and three operator passes (forward, backward twice) of all pupils, per visit.
+
+        Rested pupils are counted as if they still learned; passes on held-out and calibration samples are not counted.
+        """
         passes = self.family.flops_per_image(self.teacher)
         cost = sum(
             operators.cost_of(p.operator, num_tokens=p.site.num_tokens, dim=p.site.width).total
             for p in self.pupils
         )
-        teacher = self.config.cache_samples if self.config.mode == "cached" else visits
+        stored = min(self.config.cache_samples, self.config.steps * self.config.batch_size)
+        teacher = stored if self.config.mode == "cached" else visits
         return passes * teacher + 3 * cost * visits

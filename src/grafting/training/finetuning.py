@@ -73,6 +73,10 @@ def finetune(
     wanted = [name for name in ("output", "features") if config.objectives.get(name, 0) > 0]
     if wanted and teacher is None:
         raise RunError(f"finetune: objective '{wanted[0]}' matches the teacher; give teacher=")
+    if wanted and teacher is student:
+        raise RunError(
+            "finetune: the teacher is the student itself; give the model that was grafted as teacher"
+        )
     family = family_and_model(student, teacher)
     compute = make_compute(next(student.parameters()).device, config.precision)
     student.to(compute.device)
@@ -167,7 +171,14 @@ class _Stage:
             validation[0] = self._validate(ema)
             self.journal.log({"stage": STAGE, "step": 0, "event": "validation", "loss": validation[0]})
         clock = Clock(first, config.steps)
-        window: list[tuple[Tensor, dict[str, Tensor], Tensor]] = state["unlogged"] if state else []
+        window: list[tuple[Tensor, dict[str, Tensor], Tensor]] = [
+            (
+                loss.to(compute.device),
+                {k: v.to(compute.device) for k, v in terms.items()},
+                norm.to(compute.device),
+            )
+            for loss, terms, norm in (state["unlogged"] if state is not None else [])
+        ]
 
         for step in range(first, config.steps):
             if (code := self.journal.stop_requested()) is not None:
