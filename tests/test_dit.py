@@ -183,6 +183,16 @@ def test_xl_2_has_the_published_number_of_parameters() -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 674_834_720
 
 
+def test_random_weights_are_the_same_at_every_call_and_disturb_no_generator() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one = load_model("arch:DiT-S/8-D1").state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    other = load_model("arch:DiT-S/8-D1").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_flops_are_those_that_pytorch_counts(model: DiT) -> None:
     """Matrix products only, so per operator: ours says what PyTorch's counter says of the rest."""
     from torch.utils.flop_counter import FlopCounterMode

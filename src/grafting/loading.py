@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grafting import draws
 from grafting.errors import CheckpointError, GraftError
 from grafting.formats import dit_states, weights
 from grafting.formats.graft_folder import is_graft_folder, load_graft, load_saved_model
@@ -28,7 +29,8 @@ def load_model(
     """Load a model.
 
     source: a packaged name (`dit-fashion`); a published `.pt` or bare `.safetensors`; a folder that this package saved
-    (model, graft or run) or in diffusers' DiT layout; a hub id of such; or `arch:DiT-XL/2` for random weights.
+    (model, graft or run) or in diffusers' DiT layout; a hub id of such; or `arch:DiT-XL/2` for random
+    weights, the same at every call.
     num_heads: needed for a bare file of a width that no published size has.
     device: also "meta", for `arch:` only. dtype: default float32, or what a graft was saved in.
     Raises CheckpointError or GraftError that names the source and what to do.
@@ -40,8 +42,10 @@ def load_model(
         raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number of at least 1")
     device = as_device(device)
     if source.startswith("arch:"):
-        with torch.device(device):
-            model: nn.Module = DiT(named_config(source.removeprefix("arch:")))
+        config = named_config(source.removeprefix("arch:"))
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+            torch.manual_seed(draws.torch_seed(0, source))  # a graft of it finds the same base again
+            model: nn.Module = DiT(config)
     elif device.type == "meta":
         raise GraftError(f"{source!r} has weights; the meta device is for arch:NAME")
     else:
