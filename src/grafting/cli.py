@@ -77,7 +77,7 @@ def run(
     overrides = [*(set or []), *([f"seed={seed}"] if seed is not None else [])]
     resolved = load_recipe(recipe, overrides)
     folder = out or Path("runs") / resolved.name
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
+    if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
         _launch(processes)
     if dry_run:
         from grafting.yaml_io import dump_yaml

@@ -34,6 +34,7 @@ from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig, settings
 from grafting.training.distillation import distill
 from grafting.training.finetuning import finetune
+from grafting.training.loop import Interrupted
 
 STAGES = ("graft", "distill", "finetune", "sample", "evaluate")
 
@@ -145,6 +146,8 @@ class Pipeline:
         if stage == "distill" and self.keep_stage_1:
             save_graft(student, self.run.path / "stage-1")
         self.run.finish(stage, result)
+        if (code := self.run.stop_requested()) is not None:  # it came after the last step
+            raise Interrupted(code, result["steps"])
         return result
 
     def share_of_pretraining(self, flops: float) -> dict[str, Any]:
