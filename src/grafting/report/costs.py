@@ -100,7 +100,8 @@ def _training_table(run: RunRecord) -> Html:
     )
     remark = (
         f"The teacher's pretraining took {si(pretraining, 'FLOPs')}, counted as three forward passes for every "
-        "image visit. The cost of the edit counts every forward pass of the teacher."
+        "image visit. The cost of the edit counts the teacher's pass of every training step; passes on held-out "
+        "samples are measurement and not in it."
         if pretraining
         else "What the teacher's pretraining took is not known; `pretraining: {image_visits: N}` in the recipe says it."
     )
