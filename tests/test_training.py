@@ -185,6 +185,21 @@ def test_losses_default_to_l1_for_mha_and_l2_for_mlp(teacher: nn.Module, data: I
         distill(student, teacher, data, STAGE_1)
 
 
+def test_naming_the_loss_of_one_target_leaves_the_other_at_its_default(
+    teacher: nn.Module, data: ImageLabelDataset
+) -> None:
+    plan = GraftPlan([Replace("mlp", [0], "mlp", {"ratio": 2}, init="random")])
+    config = {**STAGE_1, "steps": 2, "num_validation": 0}
+    first = []
+    for losses in ({"mha": "huber"}, {"mlp": "l2"}, {"mlp": "l1"}):
+        student, journal = graft(teacher, plan), Quiet()
+        distill(student, teacher, data, {**config, "losses": losses}, journal=journal)
+        first.append(next(r["loss"]["blocks.0.mlp"] for r in journal.records if "loss" in r))
+    assert first[0] == first[1] != first[2]
+    with pytest.raises(RunError, match="mha"):
+        distill(student, teacher, data, {"losses": {"swa": "l1"}})
+
+
 def test_the_best_weights_are_kept(teacher: nn.Module, data: ImageLabelDataset) -> None:
     student, journal = graft(teacher, RANDOM), Quiet()
     wild = {**STAGE_1, "lr": 0.3, "schedule": "constant", "early_stop": 0}

@@ -16,6 +16,10 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+# As the paper found; for targets that `losses` does not name.
+DEFAULT_LOSSES: dict[Literal["mha", "mlp"], Literal["l1", "l2", "huber"]] = {"mha": "l1", "mlp": "l2"}
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown keys."""
 
@@ -47,7 +51,7 @@ class Optimization(Settings):
 class DistillConfig(Optimization):
     """Stage 1. Losses of the plan's entries win over `losses`, which is per target."""
 
-    losses: dict[str, Literal["l1", "l2", "huber"]] = {"mha": "l1", "mlp": "l2"}
+    losses: dict[Literal["mha", "mlp"], Literal["l1", "l2", "huber"]] = dict(DEFAULT_LOSSES)
     mode: Literal["one-pass", "cached"] = "one-pass"
     fit_readout: bool = True
     fit_samples: Count = 256

@@ -24,7 +24,7 @@ from grafting.plan import Replace
 from grafting.surgery import edited_sites, make_operator, record_of
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
-from grafting.training.config import DistillConfig, settings
+from grafting.training.config import DEFAULT_LOSSES, DistillConfig, settings
 from grafting.training.initialization import fit_readout, relative_error
 from grafting.training.loop import (
     Batch,
@@ -148,7 +148,8 @@ class _Stage:
     def _loss_of(self, entry: Replace) -> str:
         if entry.loss == "auto":
             raise PlanError("loss: auto needs an activations file; choose l1, l2 or huber")
-        return entry.loss or self.config.losses.get(entry.target, "l1")
+        losses = {str(target): loss for target, loss in (DEFAULT_LOSSES | self.config.losses).items()}
+        return entry.loss or losses.get(entry.target, "l1")
 
     def run(self) -> DistillResult:
         config, pupils = self.config, self.pupils
