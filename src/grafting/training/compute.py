@@ -34,7 +34,12 @@ class Compute:
         return contextlib.nullcontext()
 
     def share(self, index: Tensor) -> Tensor:
-        """This process's part of a global batch of indices."""
+        """This process's part of a global batch of indices. Raises GraftError where it would be empty."""
+        if len(index) < self.world:
+            raise GraftError(
+                f"batch_size={len(index)} is less than one sample for each of {self.world} processes; "
+                "give a larger batch_size or fewer processes"
+            )
         return index[self.rank :: self.world]
 
     def sum(self, tensor: Tensor) -> Tensor:
