@@ -74,7 +74,11 @@ def run(
     from grafting.recipes import load_recipe
     from grafting.runs import RunFolder
 
-    overrides = [*(set or []), *([f"seed={seed}"] if seed is not None else [])]
+    overrides = [
+        *(set or []),
+        *([f"dtype={dtype}"] if dtype else []),
+        *([f"seed={seed}"] if seed is not None else []),
+    ]
     resolved = load_recipe(recipe, overrides)
     folder = out or Path("runs") / resolved.name
     if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
@@ -82,10 +86,10 @@ def run(
     if dry_run:
         from grafting.yaml_io import dump_yaml
 
-        Pipeline(resolved, RunFolder(folder, _console()), device, _dtype(dtype)).check()
+        Pipeline(resolved, RunFolder(folder, _console()), device).check()
         print(dump_yaml(dict(describe_recipe(resolved))), end="")
         return
-    pipeline = Pipeline(resolved, RunFolder(folder, _console()), device, _dtype(dtype))
+    pipeline = Pipeline(resolved, RunFolder(folder, _console()), device)
     pipeline.check()
     main_process = pipeline.compute.is_main
     if main_process:

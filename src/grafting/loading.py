@@ -19,6 +19,15 @@ from grafting.models.dit import DiT, named_config
 from grafting.surgery import record_of, set_source
 
 PACKAGED = ("dit-fashion",)
+# Of a pipeline only the transformer is wanted; of a graft or a saved model, everything it has.
+_HUB_FILES = [
+    "config.json",
+    "model_index.json",
+    "model.*",
+    "graft*",
+    "diffusion_pytorch_model.*",
+    "transformer/*",
+]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -140,7 +149,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(

@@ -46,7 +46,6 @@ class Pipeline:
     recipe: Recipe
     run: RunFolder
     device: str = "cpu"
-    dtype: torch.dtype | None = None
     keep_stage_1: bool = False  # leave a copy of the student after stage 1 in stage-1/
     _teacher: nn.Module | None = None
     _data: DataSource | None = None
@@ -60,7 +59,10 @@ class Pipeline:
         """The recipe's model, loaded once."""
         if self._teacher is None:
             self._teacher = load_model(
-                self.recipe.model, num_heads=self.recipe.num_heads, device=self.device, dtype=self.dtype
+                self.recipe.model,
+                num_heads=self.recipe.num_heads,
+                device=self.device,
+                dtype=getattr(torch, self.recipe.dtype) if self.recipe.dtype else None,
             )
         return self._teacher
 

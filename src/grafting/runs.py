@@ -193,7 +193,7 @@ class RunFolder:
         folder = self.path / "checkpoints" / stage
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
-        content = buffer.getvalue()
+        content = buffer.getbuffer()
         path = folder / f"{step:09d}.pt"
         weights.write_bytes(path, content)
         weights.write_json(

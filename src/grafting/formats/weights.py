@@ -79,7 +79,7 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole or not at all. Raises CheckpointError where the folder can't be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

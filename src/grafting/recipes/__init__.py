@@ -52,6 +52,7 @@ class Recipe(Settings):
     preset: Literal["grafting", "paper", "paper-code"] = "grafting"
     model: str
     num_heads: Count | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     data: str
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     plan: list[dict[str, Any]]

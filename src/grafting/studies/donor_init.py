@@ -14,7 +14,7 @@ from typing import Any
 from grafting.console import Console
 from grafting.formats import weights
 from grafting.pipeline import Pipeline
-from grafting.recipes import load_recipe
+from grafting.recipes import Recipe, load_recipe
 from grafting.report.study import write_study
 from grafting.runs import RunFolder, environment
 
@@ -62,7 +62,7 @@ def run_donor_init(
         result = pipeline.run.result("distill") or {}
         starts |= result["start_error"]
         curves[init] = _curves(pipeline.run)
-    data = _collect(curves, starts, load_recipe("demo").distill)
+    data = _collect(curves, starts, recipe)
     weights.write_json(folder / "study.json", data)
     return write_study(folder, data)
 
@@ -78,7 +78,7 @@ def _curves(run: RunFolder) -> dict[str, dict[int, float]]:
 
 
 def _collect(
-    curves: dict[str, dict[str, dict[int, float]]], starts: dict[str, dict[str, float]], config: Any
+    curves: dict[str, dict[str, dict[int, float]]], starts: dict[str, dict[str, float]], recipe: Recipe
 ) -> dict[str, Any]:
     rows = []
     for target, layer, operator in _LAYERS:
@@ -104,13 +104,13 @@ def _collect(
         "title": "Donor start against random start, per operator",
         "about": (
             "Relative error mean|student - teacher| / mean|teacher| on held-out data, one operator a layer of "
-            "dit-fashion, same budget and data; the loss is L1 for attention, L2 for MLP."
+            f"{recipe.model}, same budget and data; the loss is L1 for attention, L2 for MLP."
         ),
         "columns": [{"key": key, "label": label} for key, label in columns],
         "rows": rows,
         "findings": [],
         "curves": json.loads(json.dumps(curves)),
-        "distill": config.model_dump(mode="json") if config else None,
+        "distill": recipe.to_dict()["distill"],
         "environment": environment(),
         "scatter": None,
     }

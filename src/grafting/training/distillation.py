@@ -8,6 +8,7 @@ Axes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from grafting.surgery import edited_sites, make_operator, record_of
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import DEFAULT_LOSSES, DistillConfig, settings
-from grafting.training.initialization import fit_readout, relative_error
+from grafting.training.initialization import ReadoutFit, relative_error
 from grafting.training.loop import (
     Batch,
     Batches,
@@ -172,6 +173,7 @@ class _Stage:
 
         for step in range(first, config.steps):
             if (code := self.journal.stop_requested()) is not None:
+                _check_losses({path: values[-1].item() for path, values in losses.items()}, step, config.lr)
                 self._checkpoint(step, optimizer, start_error, seconds + clock.seconds, losses)
                 raise Interrupted(code, step)
             active = [pupil for pupil in pupils if pupil.rested_at is None]
@@ -241,14 +243,7 @@ class _Stage:
         means = dict(zip(losses, stacked.tolist(), strict=True))
         lr = learning_rate(self.config, step - 1)
         self.journal.log({"stage": STAGE, "step": step, "lr": lr, "loss": means})
-        bad = [
-            path for path, value in means.items() if value != value or value in (float("inf"), float("-inf"))
-        ]
-        if bad:
-            raise DivergedError(
-                f"stage 1 diverged: the loss of {bad[0]} is not finite at step {step}; the last good checkpoint "
-                f"is kept; lower lr (now {self.config.lr:g}) or use precision fp32"
-            )
+        _check_losses(means, step, self.config.lr)
         mean = sum(means.values()) / max(1, len(means))
         self.journal.progress(
             STAGE, step, self.config.steps, f"loss {mean:.4f}, {len(means)} operators, ETA {clock.eta(step)}"
@@ -266,7 +261,10 @@ class _Stage:
                 with self.compute.autocast():
                     output = module(taps[path].input)
                 totals[path] += relative_error(output, taps[path].output).item() / len(batches)
-        return totals
+        agreed = self.compute.mean(torch.tensor(list(totals.values()), device=self.compute.device))
+        return dict(
+            zip(totals, agreed.tolist(), strict=True)
+        )  # the same on all processes: they rest together
 
     def _start(self) -> dict[str, dict[str, float]]:
         """Fit the readouts (donor starts) and log the error at step 0 of random, copied and fitted operators."""
@@ -301,13 +299,15 @@ class _Stage:
             self.batches.data, self.family, self.teacher, seed=self.config.seed, purpose=f"{STAGE}/calibration",
             label_dropout=self.config.label_dropout, device=self.compute.device,
         )  # fmt: skip
-        chunks = [calibration.at(chunk) for chunk in torch.arange(size).split(self.config.batch_size)]
-        taps: dict[str, list[Tap]] = {path: [] for path in modules}
-        for chunk in chunks:
-            for path, tap in self.taps(chunk, list(modules)).items():
-                taps[path].append(Tap(tap.input.float(), tap.output.float(), None))
-        for path, module in modules.items():
-            fit_readout(module, taps.pop(path), self.config.fit_ridge, self.compute.device)
+        fits = {
+            path: ReadoutFit(module, self.compute.device)
+            for path, module in modules.items() if isinstance(module, operators.Operator)
+        }  # fmt: skip
+        for chunk in torch.arange(size).split(self.config.batch_size):
+            for path, tap in self.taps(calibration.at(chunk), list(fits)).items():
+                fits[path].add(Tap(tap.input.float(), tap.output.float(), None))
+        for fit in fits.values():
+            fit.solve(self.config.fit_ridge)
 
     def _validate(self, step: int) -> None:
         if not self.validation:
@@ -379,3 +379,13 @@ class _Stage:
         stored = min(self.config.cache_samples, self.config.steps * self.config.batch_size)
         teacher = stored if self.config.mode == "cached" else visits
         return passes * teacher + 3 * cost * visits
+
+
+def _check_losses(losses: Mapping[str, float], step: int, lr: float) -> None:
+    """Raise DivergedError that names the first operator whose loss is not finite."""
+    bad = [path for path, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        raise DivergedError(
+            f"stage 1 diverged: the loss of {bad[0]} is not finite at step {step}; the last good checkpoint "
+            f"is kept; lower lr (now {lr:g}) or use precision fp32"
+        )

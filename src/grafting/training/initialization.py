@@ -14,45 +14,60 @@ from grafting.families import Tap
 from grafting.operators import Operator
 
 
-@torch.no_grad()
-def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: torch.device) -> bool:
-    """Set the operator's last linear layer to the ridge least-squares solution on calibration taps.
+class ReadoutFit:
+    """Ridge least squares of an operator's last linear layer, tap by tap: memory does not grow with their number.
 
     Minimises sum ||W z + b - y||^2 + lambda ||W - W0||^2 over tokens, z = mix(x) [B, N, F], y the donor's output,
-    W0 the layer as it is; lambda = ridge * mean diagonal of the normal matrix. Returns False, and changes nothing,
-    for an operator without a readout or where the system is not finite.
+    W0 the layer as it is; lambda = ridge * mean diagonal of the normal matrix.
     """
+
+    def __init__(self, operator: Operator, device: torch.device) -> None:
+        self.operator, readout = operator, operator.readout
+        self.wide = torch.float32 if device.type == "mps" else torch.float64
+        size = readout.in_features + 1
+        self.normal = torch.zeros(size, size, dtype=self.wide, device=device)
+        self.target = torch.zeros(size, readout.out_features, dtype=self.wide, device=device)
+
+    @torch.no_grad()
+    def add(self, tap: Tap) -> None:
+        """Take in the tokens of one tap."""
+        readout = self.operator.readout
+        features = self.operator.mix(tap.input.to(readout.weight.dtype)).reshape(-1, readout.in_features)
+        residual = tap.output.reshape(-1, readout.out_features).to(self.wide) - readout(features).to(
+            self.wide
+        )
+        last = torch.full_like(features[:, :1], 1.0 if readout.bias is not None else 0.0)
+        z = torch.cat([features, last], dim=1).to(self.wide)
+        self.normal = torch.addmm(self.normal, z.T, z)
+        self.target = torch.addmm(self.target, z.T, residual)
+
+    @torch.no_grad()
+    def solve(self, ridge: float) -> bool:
+        """Set the layer to the solution; False, and nothing changes, where the system is not finite."""
+        readout = self.operator.readout
+        scale = self.normal.diagonal()[:-1].mean()
+        damping = torch.full_like(self.normal[0], float(ridge)) * scale
+        damping[-1] = 0 if readout.bias is not None else 1.0
+        try:
+            update = torch.linalg.solve(self.normal + torch.diag(damping + 1e-12 * scale), self.target)
+        except torch.linalg.LinAlgError:
+            return False
+        if not torch.isfinite(update).all():
+            return False
+        readout.weight.add_(update[:-1].T.to(readout.weight.dtype))
+        if readout.bias is not None:
+            readout.bias.add_(update[-1].to(readout.bias.dtype))
+        return True
+
+
+def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: torch.device) -> bool:
+    """`ReadoutFit` on some taps; False for an operator without a readout."""
     if not isinstance(operator, Operator):
         return False
-    readout = operator.readout
-    features, width = readout.in_features, readout.out_features
-    double = torch.float32 if device.type == "mps" else torch.float64
-    normal = torch.zeros(features + 1, features + 1, dtype=double, device=device)
-    target = torch.zeros(features + 1, width, dtype=double, device=device)
+    fit = ReadoutFit(operator, device)
     for tap in taps:
-        z = operator.mix(tap.input.to(readout.weight.dtype)).reshape(-1, features).to(double)
-        if readout.bias is not None:
-            z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
-        else:
-            z = torch.cat([z, torch.zeros_like(z[:, :1])], dim=1)
-        residual = tap.output.reshape(-1, width).to(double) - readout(z[:, :-1].to(readout.weight.dtype)).to(
-            double
-        )
-        normal = torch.addmm(normal, z.T, z)
-        target = torch.addmm(target, z.T, residual)
-    scale = normal.diagonal()[:-1].mean()
-    damping = torch.full((features + 1,), float(ridge), dtype=double, device=device) * scale
-    damping[-1] = 0 if readout.bias is not None else 1.0
-    try:
-        update = torch.linalg.solve(normal + torch.diag(damping + 1e-12 * scale), target)
-    except torch.linalg.LinAlgError:
-        return False
-    if not torch.isfinite(update).all():
-        return False
-    readout.weight += update[:-1].T.to(readout.weight.dtype)
-    if readout.bias is not None:
-        readout.bias.add_(update[-1].to(readout.bias.dtype))
-    return True
+        fit.add(tap)
+    return fit.solve(ridge)
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
