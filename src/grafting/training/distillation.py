@@ -8,6 +8,7 @@ Axes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -285,12 +286,24 @@ class _Stage:
         if donor_started:
             found["copied"] = self.errors(donor_started)
             if config.fit_readout:
-                self._fit(donor_started)
-                found["fitted"] = self.errors(donor_started)
+                found["fitted"] = self._fit_where_better(donor_started, found["copied"])
         self.journal.log({"stage": STAGE, "step": 0, "event": "start", "error": found})
         if self.validation:
             self._note_best(0, self.errors())
         return found
+
+    def _fit_where_better(
+        self, modules: Mapping[str, nn.Module], copied: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Fit the readouts; one whose held-out error grew goes back to the copy (a wider MLP is exact as copied)."""
+        before = {path: copy.deepcopy(module.state_dict()) for path, module in modules.items()}
+        self._fit(modules)
+        fitted = self.errors(modules)
+        for path, module in modules.items():
+            if fitted[path] > copied[path]:
+                module.load_state_dict(before[path])
+                fitted[path] = copied[path]
+        return fitted
 
     def _fit(self, modules: Mapping[str, nn.Module]) -> None:
         """Ridge least squares of every readout on one calibration batch."""
