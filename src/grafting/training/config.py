@@ -32,6 +32,7 @@ class Optimization(Settings):
     steps: Count = 250
     batch_size: Count = 64
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of linear layers
     lr: Positive = 1e-3
     schedule: Literal["cosine", "constant", "halving"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 20
@@ -79,7 +80,7 @@ class FinetuneConfig(Optimization):
     output_snr_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = (
         100.0  # 1: the same weight for every timestep
     )
-    output_variance: Annotated[float, Field(ge=0)] = 0.02  # weight of the variance half in `output`
+    output_variance: Annotated[float, Field(ge=0)] = 0.05  # weight of the variance half in `output`
     feature_outliers: Fraction = 1e-3  # share of the largest teacher activations that `features` leaves out
     preview_every: Annotated[int, Field(ge=0)] = (
         0  # steps between sheets of samples of the averaged weights; 0: none

@@ -38,11 +38,10 @@ from grafting.training.loop import (
     family_and_model,
     held_out,
     learning_rate,
-    make_optimizer,
-    set_learning_rate,
     split,
     step_index,
 )
+from grafting.training.optimizers import Optimizers, make_optimizer
 
 STAGE = "distill"
 _LOSSES = {
@@ -156,7 +155,9 @@ class _Stage:
     def run(self) -> DistillResult:
         config, pupils = self.config, self.pupils
         state = self.journal.load_checkpoint(STAGE)
-        optimizer = make_optimizer([pupil.parameters for pupil in pupils if pupil.parameters], config)
+        optimizer = make_optimizer(
+            self.student, [pupil.parameters for pupil in pupils if pupil.parameters], config
+        )
         if state is None:
             start_error = self._start()
             first, seconds = 0, 0.0
@@ -180,7 +181,7 @@ class _Stage:
             active = [pupil for pupil in pupils if pupil.rested_at is None]
             if not active:
                 break
-            set_learning_rate(optimizer, learning_rate(config, step))
+            optimizer.set_learning_rate(learning_rate(config, step))
             for path, loss in self._update(step, active, optimizer, cache).items():
                 losses.setdefault(path, []).append(loss)
             done = step + 1
@@ -216,7 +217,7 @@ class _Stage:
             return self.family.taps(self.teacher, batch.x_t, batch.t, batch.cond, paths)
 
     def _update(
-        self, step: int, active: list[_Pupil], optimizer: torch.optim.Optimizer, cache: ActivationCache | None
+        self, step: int, active: list[_Pupil], optimizer: Optimizers, cache: ActivationCache | None
     ) -> dict[str, Tensor]:
         """One optimizer step of all operators that still learn; their losses."""
         config, compute = self.config, self.compute
@@ -350,7 +351,7 @@ class _Stage:
     def _checkpoint(
         self,
         step: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         start_error: dict[str, dict[str, float]],
         seconds: float,
         unlogged: Mapping[str, list[Tensor]] | None = None,
@@ -369,7 +370,7 @@ class _Stage:
         }, self.config.keep_checkpoints)  # fmt: skip
 
     def _restore(
-        self, state: dict[str, Any], optimizer: torch.optim.Optimizer
+        self, state: dict[str, Any], optimizer: Optimizers
     ) -> tuple[dict[str, dict[str, float]], int, float]:
         for pupil in self.pupils:
             saved = state["pupils"][pupil.path]

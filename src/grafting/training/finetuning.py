@@ -27,12 +27,11 @@ from grafting.training.loop import (
     family_and_model,
     held_out,
     learning_rate,
-    make_optimizer,
-    set_learning_rate,
     split,
     step_index,
 )
 from grafting.training.objectives import mixed_loss
+from grafting.training.optimizers import Optimizers, make_optimizer
 
 STAGE = "finetune"
 
@@ -149,7 +148,7 @@ class _Stage:
             self.student.eval()
 
     def _run(self, config: FinetuneConfig, compute: Compute) -> FinetuneResult:
-        optimizer = make_optimizer([list(self.parameters.values())], config)
+        optimizer = make_optimizer(self.student, [list(self.parameters.values())], config)
         ema = EMA(self.parameters, self.decay)
         first, seconds, skipped, in_a_row = 0, 0.0, 0, 0
         validation: dict[int, float] = {}
@@ -186,7 +185,7 @@ class _Stage:
                     step, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row, window
                 )
                 raise Interrupted(code, step)
-            set_learning_rate(optimizer, learning_rate(config, step))
+            optimizer.set_learning_rate(learning_rate(config, step))
             loss, terms, norm = self._backward(step)
             if torch.isfinite(norm):
                 optimizer.step()
@@ -297,7 +296,7 @@ class _Stage:
             self.student.train()
 
     def _checkpoint(
-        self, step: int, optimizer: torch.optim.Optimizer, ema: EMA, seconds: float, validation: dict[int, float],
+        self, step: int, optimizer: Optimizers, ema: EMA, seconds: float, validation: dict[int, float],
         skipped: int, in_a_row: int, unlogged: list[tuple[Tensor, dict[str, Tensor], Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if not self.compute.is_main:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -160,19 +160,6 @@ def learning_rate(config: Optimization, step: int) -> float:
     if config.schedule == "halving":
         return config.lr * 0.5 ** sum(step >= fraction * config.steps for fraction in config.halve_at)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-
-
-def make_optimizer(groups: Sequence[Sequence[nn.Parameter]], config: Optimization) -> torch.optim.Optimizer:
-    """Fused AdamW over parameter groups."""
-    return torch.optim.AdamW(
-        [{"params": list(group)} for group in groups],
-        lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 class EMA:

@@ -1,0 +1,78 @@
+"""The optimizers of both stages: AdamW, or Muon for the matrices of linear layers and AdamW for the rest.
+
+Muon (orthogonalised momentum, torch.optim.Muon) takes stage 2 of the demo to AdamW's final held-out loss in about a
+third of the steps; its step is scaled to the size of AdamW's, so that one learning rate serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grafting.training.config import Optimization
+
+MOMENTUM = 0.9
+
+
+class Optimizers:
+    """Several optimizers as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+
+    def step(self) -> None:
+        """One step of each."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for part in self.parts:
+            part.zero_grad()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """The same learning rate for every group."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of all, in order."""
+        return {str(number): part.state_dict() for number, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for number, part in enumerate(self.parts):
+            part.load_state_dict(state[str(number)])
+
+
+def make_optimizer(
+    model: nn.Module, groups: Sequence[Sequence[nn.Parameter]], config: Optimization
+) -> Optimizers:
+    """The optimizer of `config` over groups of parameters of `model`."""
+    linear = (
+        {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        if config.optimizer == "muon"
+        else set()
+    )
+    matrices = [p for group in groups for p in group if id(p) in linear]
+    rest = [[p for p in group if id(p) not in linear] for group in groups]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(
+            torch.optim.Muon(
+                matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=MOMENTUM,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )  # fmt: skip
+    if any(rest):
+        parts.append(
+            torch.optim.AdamW(
+                [{"params": group} for group in rest if group],
+                lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True,
+            )
+        )  # fmt: skip
+    return Optimizers(parts)
