@@ -77,9 +77,7 @@ class FinetuneConfig(Optimization):
     train: Literal["all", "blocks", "operators"] = "all"
     ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
     ema_decay: Fraction | None = None  # a fixed decay instead, such as the paper's 0.9999
-    output_snr_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = (
-        100.0  # 1: the same weight for every timestep
-    )
+    output_snr_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0  # 1: all timesteps alike
     output_variance: Annotated[float, Field(ge=0)] = 0.05  # weight of the variance half in `output`
     feature_outliers: Fraction = 1e-3  # share of the largest teacher activations that `features` leaves out
     preview_every: Annotated[int, Field(ge=0)] = (
