@@ -261,15 +261,17 @@ class RunFolder:
 def environment() -> dict[str, Any]:
     """What the run computes on: versions, processor or GPU, threads."""
     import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from grafting import __version__
 
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    for name in ("diffusers", "accelerate", "grafting"):
-        from importlib.metadata import PackageNotFoundError, version
-
+    found["grafting"] = __version__
+    for name in ("diffusers", "accelerate"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
