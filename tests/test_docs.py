@@ -121,9 +121,9 @@ def test_the_plan_in_the_pages_resolves() -> None:
 def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = blocks("README.md", "python")
     small = '"steps": 1, "batch_size": 4, "num_validation": 8'
-    block = block.replace('"steps": 250', f'{small}, "fit_samples": 8').replace(
-        '{"objectives"', f'{{{small}, "objectives"'
-    )
+    block = block.replace('"steps": 250', f'{small}, "fit_samples": 8')
+    block = block.replace('{"optimizer"', f'{{{small}, "optimizer"')
+    assert block.count(small) == 2
     block = block.replace("num=100, steps=10", "num=4, steps=1")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
