@@ -73,7 +73,12 @@ class ActivationCache:
             for path, tap in taps.items():
                 gate = tap.gate if tap.gate is not None else torch.ones_like(tap.output[:, :1])
                 for array, values in zip(arrays[path], (tap.input, tap.output, gate), strict=True):
-                    array[rows[0] : rows[-1] + 1] = values.half().cpu().numpy()
+                    stored = values.half()
+                    if not torch.isfinite(stored).all():
+                        raise RunError(
+                            f"mode cached: activations at {path} do not fit float16; use mode one-pass"
+                        )
+                    array[rows[0] : rows[-1] + 1] = stored.cpu().numpy()
         cache.seconds = time.perf_counter() - started
         return cache
 
