@@ -214,7 +214,7 @@ class _Builder:
         if depth > MAX_DEPTH:
             self.fail(event, f"nested deeper than {MAX_DEPTH} levels; flatten it")
         if isinstance(event, yaml.AliasEvent):
-            self.fail(event, f"alias *{event.anchor[:40]} is not read; write the value out")
+            self.fail(event, f"alias *{str(event.anchor)[:40]} is not read; write the value out")
         if event.anchor is not None:
             self.fail(event, f"anchor &{event.anchor[:40]} is not read; write the value out where it is used")
         if event.tag is not None:
