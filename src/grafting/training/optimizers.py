@@ -1,7 +1,7 @@
 """The optimizers of both stages: AdamW, or Muon for the matrices of linear layers and AdamW for the rest.
 
-Muon (orthogonalised momentum, torch.optim.Muon) takes stage 2 of the demo to AdamW's final held-out loss in about a
-third of the steps; its step is scaled to the size of AdamW's, so that one learning rate serves both.
+Muon is orthogonalised momentum (torch.optim.Muon); its step is scaled to the size of AdamW's, so that one learning rate
+serves both. docs/studies says what was compared.
 """
 
 from __future__ import annotations
