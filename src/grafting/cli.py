@@ -70,7 +70,7 @@ def run(
     device: Device = "cpu", dtype: Dtype = None, seed: Annotated[int | None, typer.Option(min=0)] = None,
 ) -> None:  # fmt: skip
     """Run a recipe: load, graft, distill, finetune, sample, evaluate, report."""
-    from grafting.pipeline import Pipeline, describe_recipe
+    from grafting.pipeline import Pipeline
     from grafting.recipes import load_recipe
     from grafting.runs import RunFolder
 
@@ -87,7 +87,7 @@ def run(
         from grafting.yaml_io import dump_yaml
 
         Pipeline(resolved, RunFolder(folder, _console()), device).check()
-        print(dump_yaml(dict(describe_recipe(resolved))), end="")
+        print(dump_yaml(resolved.to_dict()), end="")
         return
     pipeline = Pipeline(resolved, RunFolder(folder, _console()), device)
     pipeline.check()

@@ -7,7 +7,6 @@ stage can be run alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,9 +243,4 @@ def _seeded(config: Any, seed: int) -> Any:
     )
 
 
-def describe_recipe(recipe: Recipe) -> Mapping[str, Any]:
-    """The resolved recipe, for --dry-run."""
-    return recipe.to_dict()
-
-
-__all__ = ["STAGES", "Pipeline", "describe_recipe", "open_pipeline"]
+__all__ = ["STAGES", "Pipeline", "open_pipeline"]

@@ -29,7 +29,6 @@ class Site:
     grid: tuple[int, int]
     width: int
     num_heads: int
-    gated: bool = True  # whether the block scales the operator's output by an adaLN gate
 
     def __str__(self) -> str:
         return f"layer {self.layer} ({self.kind}, {self.path})"

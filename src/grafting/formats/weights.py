@@ -37,7 +37,8 @@ def read_pickled(path: Path) -> Any:
             if marker in str(error):
                 reason = "it holds objects that are not tensors or plain data, and nothing of it was executed"
         raise CheckpointError(
-            f"can't read weights from {str(path)!r}: {reason[:200]}; expected a PyTorch checkpoint of plain tensors"
+            f"can't read weights from {str(path)!r}: {reason[:200]}; expected a whole PyTorch "
+            "checkpoint of plain tensors; if it was copied, copy it again"
         ) from None
 
 
