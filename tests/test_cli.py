@@ -461,10 +461,10 @@ def test_the_second_signal_ends_a_stage_at_once(tmp_path: Path) -> None:
 def start(arguments: list[Any]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        [str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     )
     return subprocess.Popen(
-        [sys.executable, "-m", "grafting.cli", *map(str, arguments)], env=environment, text=True,
+        [sys.executable, "-m", "grafting", *map(str, arguments)], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

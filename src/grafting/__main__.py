@@ -1,0 +1,5 @@
+"""`python -m grafting` is `graft`."""
+
+from grafting.cli import main
+
+main()

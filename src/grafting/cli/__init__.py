@@ -1,0 +1,10 @@
+"""The command line: parses, calls, prints. Results go to stdout, everything else to stderr.
+
+A module per group of verbs; importing it registers them, in the order of `graft --help`.
+"""
+
+from grafting.cli import runs, models, images, studies  # noqa: I001
+from grafting.cli.app import app
+from grafting.cli.entry import main
+
+__all__ = ["app", "images", "main", "models", "runs", "studies"]

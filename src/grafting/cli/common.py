@@ -1,0 +1,75 @@
+"""What verbs share: the console, loading a model, and printing results (stdout) as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def new_console() -> Any:
+    from grafting.console import Console
+
+    return Console()
+
+
+def parse_dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import torch
+
+    from grafting.errors import GraftError
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise GraftError(f"unknown dtype {name!r}: expected one of {', '.join(known)}")
+    return known[name]
+
+
+def open_model(
+    source: str,
+    *,
+    num_heads: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    meta: bool = False,
+) -> nn.Module:
+    """A model for a command; `meta`: without weights where it has none to lose."""
+    from grafting.loading import load_model
+
+    return load_model(
+        source,
+        num_heads=num_heads,
+        device="meta" if meta and source.startswith("arch:") else device,
+        dtype=parse_dtype(dtype),
+    )
+
+
+def check_empty(folder: Path) -> None:
+    from grafting.errors import RunError
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{str(folder)!r} is not an empty folder; give another --out")
+
+
+def emit(found: Mapping[str, Any]) -> None:
+    print(json.dumps(found, indent=2, allow_nan=False))
+
+
+def show(
+    found: Mapping[str, Any], json_: bool, columns: list[tuple[str, ...]] | None = None, rows: str = ""
+) -> None:
+    """JSON, or the same as a table and lines."""
+    if json_:
+        emit(found)
+        return
+    from grafting.report.text import lines, table
+
+    for line in lines({key: value for key, value in found.items() if key != rows}):
+        print(line)
+    if columns:
+        print(table(columns[0], found[rows]))

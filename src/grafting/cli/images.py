@@ -1,0 +1,67 @@
+"""Verbs about samples: sample, evaluate, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grafting.cli.app import app
+from grafting.cli.common import new_console, open_model, show
+from grafting.cli.options import Device, Dtype, Heads, Json, Seed, Source
+
+
+@app.command()
+def sample(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Where to write the .npz; a .png grid goes beside it.")],
+    num: Annotated[int, typer.Option(min=1, help="Number of images.")],
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")] = "ddim",
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 1.5,
+    batch_size: Annotated[int, typer.Option(min=1)] = 100,
+    vae: Annotated[str | None, typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
+    num_heads: Heads = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
+) -> None:  # fmt: skip
+    """Draw images; noise and label of image i depend on the seed and i alone."""
+    from grafting.generation import generate
+
+    console = new_console()
+    generate(
+        open_model(source, num_heads=num_heads, device=device, dtype=dtype), out, num=num, steps=steps, sampler=sampler,
+        guidance=guidance, seed=seed, batch_size=batch_size, vae=vae, describe={"model": source},
+        progress=lambda done, total: console.progress("sample", done, total, "images"),
+    )  # fmt: skip
+    console.close()
+    print(f"samples: {out}")
+
+
+@app.command()
+def evaluate(
+    samples: Annotated[Path, typer.Argument(help="Sample file (.npz).")],
+    reference: Annotated[str, typer.Option(help="fashion-train, an ADM reference .npz, or another sample file.")],
+    features: Annotated[str, typer.Option(help="auto, fashion, or inception:WEIGHTS.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Also write the result here, for graft compare.")] = None,
+    device: Device = "cpu", json_: Json = False,
+) -> None:  # fmt: skip
+    """Frechet distance, precision, recall, inception-style score and label accuracy of a sample file."""
+    from grafting.evaluation import evaluate as measure
+    from grafting.formats.weights import write_json
+
+    found = measure(samples, reference, features, device=device)
+    if out:
+        write_json(out, found)
+    show(found, json_)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Evaluation (JSON of graft evaluate).")],
+    b: Annotated[Path, typer.Argument(help="Another one.")], json_: Json = False,
+) -> None:  # fmt: skip
+    """Two evaluations side by side; refuses unlike protocols."""
+    from grafting.evaluation import compare as compare_two
+    from grafting.evaluation import read_evaluation
+
+    show(compare_two(read_evaluation(a), read_evaluation(b)), json_)

@@ -1,0 +1,106 @@
+"""Verbs about models and plans: list, inspect, explain, cost, import, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grafting.cli.app import app
+from grafting.cli.common import check_empty, emit, open_model, show
+from grafting.cli.options import Heads, Json, Locality, Plan, Source
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """Operators, recipes and packaged models."""
+    from grafting import operators
+    from grafting.loading import PACKAGED
+    from grafting.recipes import load_recipe, packaged
+
+    found = {
+        "operators": {name: operators.describe(name) for name in operators.names()},
+        "recipes": {name: load_recipe(name).about for name in packaged()},
+        "models": list(PACKAGED),
+    }
+    if json_:
+        emit(found)
+        return
+    for title, rows in found.items():
+        print(title)
+        for name in rows:
+            print(f"  {name:<14} {rows[name] if isinstance(rows, dict) else ''}".rstrip())
+
+
+@app.command()
+def inspect(source: Source, num_heads: Heads = None, json_: Json = False) -> None:
+    """What a model is: its shape, operators per layer, parameters and FLOPs."""
+    from grafting.inspection import inspect_model
+
+    found = inspect_model(open_model(source, num_heads=num_heads, meta=True))
+    show(found, json_, [("layer", "target", "operator", "params", "flops")], "sites")
+
+
+@app.command()
+def explain(
+    source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None, json_: Json = False
+) -> None:
+    """What a plan would do to a model, layer by layer; touches nothing and, on arch:, allocates nothing."""
+    from grafting.plan import GraftPlan
+    from grafting.surgery import explain as explain_plan
+
+    loaded = GraftPlan.load(plan)
+    found = explain_plan(open_model(source, num_heads=num_heads, meta=True), loaded, locality).to_dict()
+    show(found, json_, [("layer", "target", "from", "to", "init", "params", "flops")], "edits")
+
+
+@app.command()
+def cost(
+    source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None, json_: Json = False
+) -> None:
+    """What a plan changes in FLOPs and parameters, in per cent of all operators of the target (Table 4's way)."""
+    from grafting.analysis.costs import plan_cost
+    from grafting.plan import GraftPlan
+
+    found = plan_cost(open_model(source, num_heads=num_heads, meta=True), GraftPlan.load(plan), locality)
+    show(
+        found, json_, [("target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct")], "rows"
+    )
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Published .pt of a grafted DiT.")],
+    out: Annotated[Path, typer.Option(help="Graft folder to make.")],
+    num_heads: Heads = None,
+    window: Annotated[int, typer.Option(min=0, help="Window of swa operators; it is in no shape.")] = 4,
+) -> None:
+    """Read a published grafted checkpoint; the plan is read off its keys and shapes."""
+    from grafting.formats.graft_folder import save_graft
+    from grafting.formats.published import import_published
+    from grafting.surgery import record_of
+
+    check_empty(out)
+    model = import_published(file, num_heads=num_heads, window=window)
+    save_graft(model, out)
+    record = record_of(model)
+    print(record.plan if record else "")
+    print(f"graft: {out}")
+
+
+@app.command()
+def export(
+    source: Source, out: Annotated[Path, typer.Option(help="File (.pt) or, for diffusers, folder.")],
+    format: Annotated[str, typer.Option(help="published or diffusers.")] = "published",
+) -> None:  # fmt: skip
+    """Write a model in another layout: a published .pt, or diffusers' (unedited models only)."""
+    from grafting.errors import GraftError
+    from grafting.formats.published import export_published
+    from grafting.loading import save_diffusers
+
+    writers = {"published": export_published, "diffusers": save_diffusers}
+    if format not in writers:
+        raise GraftError(f"unknown format {format!r}: expected {' or '.join(writers)}")
+    writers[format](open_model(source), out)
+    print(f"exported: {out}")

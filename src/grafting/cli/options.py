@@ -1,0 +1,26 @@
+"""Options and arguments that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str | None, typer.Option(help="Type of the weights: float32, bfloat16, float16.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Source = Annotated[
+    str, typer.Argument(help="Packaged name, .pt file, folder (model, graft, run), hub id, or arch:DiT-XL/2.")
+]
+Plan = Annotated[Path, typer.Option("--plan", help="Plan file, YAML or JSON.")]
+Heads = Annotated[
+    int | None, typer.Option(min=1, help="Number of heads, for a file of an unpublished width.")
+]
+Locality = Annotated[Path | None, typer.Option(help="Locality file for top-local-50 and low-local-50.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override of the recipe: key=value or stage.key=value; repeatable."),
+]

@@ -1,0 +1,156 @@
+"""Verbs that make a run folder or go on in one: demo, run, apply, distill, finetune, report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grafting.cli.app import app
+from grafting.cli.common import new_console
+from grafting.cli.options import Device, Dtype, Heads, Locality, Plan, Resume, Seed, Set, Source
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"), resume: Resume = False,
+    device: Device = "cpu", seed: Seed = 0, set: Set = None,
+) -> None:  # fmt: skip
+    """Half of the attention of the packaged dit-fashion becomes hyena_x: the whole method in minutes."""
+    run(
+        "demo",
+        out=out,
+        resume=resume,
+        set=set,
+        dry_run=False,
+        processes=1,
+        device=device,
+        dtype=None,
+        seed=seed,
+    )
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one (see graft list).")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the recipe>.")] = None,
+    resume: Resume = False, set: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes (GPUs) to spread over, through accelerate.")] = 1,
+    device: Device = "cpu", dtype: Dtype = None, seed: Annotated[int | None, typer.Option(min=0)] = None,
+) -> None:  # fmt: skip
+    """Run a recipe: load, graft, distill, finetune, sample, evaluate, report."""
+    from grafting.pipeline import Pipeline
+    from grafting.recipes import load_recipe
+    from grafting.runs import RunFolder
+
+    overrides = [
+        *(set or []),
+        *([f"dtype={dtype}"] if dtype else []),
+        *([f"seed={seed}"] if seed is not None else []),
+    ]
+    resolved = load_recipe(recipe, overrides)
+    folder = out or Path("runs") / resolved.name
+    if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+        _launch(processes)
+    if dry_run:
+        from grafting.yaml_io import dump_yaml
+
+        Pipeline(resolved, RunFolder(folder, new_console()), device).check()
+        print(dump_yaml(resolved.to_dict()), end="")
+        return
+    pipeline = Pipeline(resolved, RunFolder(folder, new_console()), device)
+    pipeline.check()
+    main_process = pipeline.compute.is_main
+    if main_process:
+        pipeline.run = RunFolder.create(folder, resolved.to_dict(), pipeline.run.console, resume=resume)
+    pipeline.compute.wait()
+    if not main_process:
+        pipeline.run = RunFolder(folder, writer=False)
+    page = pipeline.all()
+    pipeline.run.console.close()
+    if main_process:
+        _print_results(folder)
+        print(f"report: {page}")
+
+
+@app.command()
+def apply(
+    source: Source, plan: Plan, out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    data: Annotated[str, typer.Option(help="Data of the later stages.")] = "fashion-10",
+    num_heads: Heads = None, locality: Locality = None, seed: Seed = 0,
+) -> None:  # fmt: skip
+    """Apply a plan and leave the edited model in a run folder, ready for distill and finetune."""
+    from grafting.pipeline import Pipeline
+    from grafting.plan import GraftPlan
+    from grafting.recipes import load_recipe
+    from grafting.runs import RunFolder
+
+    recipe = load_recipe({
+        "name": out.name, "model": source, "num_heads": num_heads, "data": data, "seed": seed,
+        "plan": GraftPlan.load(plan).to_dict()["entries"], "locality": str(locality) if locality else None,
+    })  # fmt: skip
+    pipeline = Pipeline(recipe, RunFolder(out, new_console()))
+    pipeline.check()
+    pipeline.run = RunFolder.create(out, recipe.to_dict(), pipeline.run.console)
+    pipeline.graft()
+    print(f"grafted: {out}/graft")
+
+
+@app.command()
+def distill(
+    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu"
+) -> None:
+    """Stage 1 on a run folder: the new operators learn what the donor's do."""
+    _stage(run, "distill", resume, device)
+
+
+@app.command()
+def finetune(
+    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu"
+) -> None:
+    """Stage 2 on a run folder: the whole edited model, lightly."""
+    _stage(run, "finetune", resume, device)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write report.html of a run folder again."""
+    from grafting.report import write_report
+    from grafting.runs import RunFolder
+
+    print(f"report: {write_report(RunFolder.open(run).path)}")
+
+
+def _stage(folder: Path, stage: str, resume: bool, device: str) -> None:
+    from grafting.errors import RunError
+    from grafting.pipeline import open_pipeline
+
+    console = new_console()
+    pipeline = open_pipeline(folder, console, device)
+    if pipeline.run.result(stage) is not None:
+        raise RunError(f"{str(folder)!r}: {stage} is done already; use another run folder to do it again")
+    started = any((folder / "checkpoints" / stage).glob("*.pt"))
+    if started and not resume:
+        raise RunError(f"{str(folder)!r}: {stage} was begun; go on with --resume")
+    pipeline.check()
+    getattr(pipeline, stage)()
+    console.close()
+    print(f"{stage}: {folder}")
+
+
+def _launch(processes: int) -> None:
+    """Replace this process by a launcher of the same command; `accelerate launch` and Slurm work as well."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "grafting", *sys.argv[1:]]
+    os.execv(sys.executable, command)
+
+
+def _print_results(folder: Path) -> None:
+    """The table that ends a run."""
+    from grafting.report.text import results_table
+
+    print(results_table(folder))
