@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from grafting import operators
 from grafting.families import family_of
-from grafting.surgery import operator_name, record_of
+from grafting.surgery import record_of
 
 
 def inspect_model(model: nn.Module) -> dict[str, Any]:
@@ -16,9 +15,9 @@ def inspect_model(model: nn.Module) -> dict[str, Any]:
     family, record = family_of(model), record_of(model)
     sites = []
     for site in family.sites(model):
-        cost = operators.cost_of(site.donor, num_tokens=site.num_tokens, dim=site.width)
+        cost = site.cost
         sites.append({
-            "layer": site.layer, "target": site.kind, "operator": operator_name(site.donor), "path": site.path,
+            "layer": site.layer, "target": site.kind, "operator": site.operator, "path": site.path,
             "params": cost.params, "flops": cost.total,
         })  # fmt: skip
     return {

@@ -51,7 +51,7 @@ class Edit:
 
     @property
     def old_operator(self) -> str:
-        return operator_name(self.site.donor)
+        return self.site.operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +171,12 @@ def match(
             site = sites[entry.target, layer]
             if earlier is not None and (entry.target, layer) in earlier.plan.sites:
                 raise PlanError(
-                    f"{where}: {site} was replaced by '{operator_name(site.donor)}' in an earlier graft; "
+                    f"{where}: {site} was replaced by '{site.operator}' in an earlier graft; "
                     "edit the base with one plan instead"
                 )
             edits.append(Edit(
                 site=site, entry=entry, after=_check_operator(site, entry),
-                before=operators.cost_of(site.donor, num_tokens=site.num_tokens, dim=site.width),
+                before=site.cost,
             ))  # fmt: skip
     return resolved, tuple(sorted(edits, key=lambda edit: (edit.site.layer, edit.site.kind)))
 
@@ -229,7 +229,7 @@ def make_operator(
     operator = operator.to(device=like.device, dtype=like.dtype).train(site.donor.training)
     if (init or entry.init) == "donor" and not like.is_meta:
         operators.copy_donor(operator, family.donor_weights(site))
-    return operator
+    return family.adapt(site, operator)
 
 
 def _build(site: Site, entry: Replace) -> nn.Module:

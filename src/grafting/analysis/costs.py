@@ -23,7 +23,7 @@ def plan_cost(model: nn.Module, plan: GraftPlan, locality: Locality | None = Non
     explanation = explain(model, plan, locality)
     totals: dict[str, operators.Cost] = {}
     for site in family_of(model).sites(model):
-        cost = operators.cost_of(site.donor, num_tokens=site.num_tokens, dim=site.width)
+        cost = site.cost
         totals[site.kind] = totals[site.kind] + cost if site.kind in totals else cost
     groups: dict[tuple[str, str, str], list[Any]] = {}
     for edit in explanation.edits:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grafting import operators
 from grafting.errors import GraftError
-from grafting.operators import AttentionDonor, MLPDonor
+from grafting.operators import AttentionDonor, Cost, MLPDonor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,22 @@ class Site:
     grid: tuple[int, int]
     width: int
     num_heads: int
+    # Of a host's own module, which knows nothing of this package; an operator says both itself.
+    host_operator: str | None = None
+    host_cost: Cost | None = None
+
+    @property
+    def operator(self) -> str:
+        """The registered name of the operator there now, or its class for one that has none."""
+        named = getattr(self.donor, "operator_name", None) or self.host_operator
+        return named or type(self.donor).__name__
+
+    @property
+    def cost(self) -> Cost:
+        """What the operator there now costs for one sample."""
+        if self.host_cost is not None:
+            return self.host_cost
+        return operators.cost_of(self.donor, num_tokens=self.num_tokens, dim=self.width)
 
     def __str__(self) -> str:
         return f"layer {self.layer} ({self.kind}, {self.path})"
@@ -66,6 +83,10 @@ class Family(ABC):
     @abstractmethod
     def donor_weights(self, site: Site) -> AttentionDonor | MLPDonor | None:
         """The donor's weights in neutral form, or None if it is not of a form that can be copied from."""
+
+    def adapt(self, site: Site, operator: nn.Module) -> nn.Module:
+        """`operator` as the host can call it at `site`: same state dict, in place; most hosts need nothing."""
+        return operator
 
     @abstractmethod
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
