@@ -1,0 +1,121 @@
+"""GenEval: the evaluator's layout, resuming, and its scores from a small results file counted by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from grafting.errors import DataError, RunError
+from grafting.evaluation.geneval import TASKS, compare_scores, export_images, read_prompts, score
+
+PROMPTS = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats"},
+]
+
+
+class Painter:
+    """Stands for a pipeline: an image whose colour is a function of its prompt and seed."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], list[int]]] = []
+
+    def __call__(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        self.calls.append((prompts, seeds))
+        return [
+            Image.new("RGB", (4, 4), (len(p) % 256, s % 256, 0)) for p, s in zip(prompts, seeds, strict=True)
+        ]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_the_layout_is_the_evaluators(tmp_path: Path) -> None:
+    prompts = read_prompts(write(tmp_path / "prompts.jsonl", PROMPTS))
+    out = export_images(Painter(), prompts, tmp_path / "out", num=3, batch_size=2)
+    folders = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert folders == ["00000", "00001"]  # the evaluator reads folders whose names are digits
+    for number, folder in enumerate(folders):
+        assert json.loads((out / folder / "metadata.jsonl").read_text()) == PROMPTS[number]
+        assert [p.name for p in sorted((out / folder / "samples").iterdir())] == [
+            f"{j:05}.png" for j in range(3)
+        ]
+
+
+def test_seeds_depend_on_prompt_and_number_alone_and_drawn_images_stay(tmp_path: Path) -> None:
+    once, twice = Painter(), Painter()
+    export_images(once, PROMPTS, tmp_path / "a", num=3, batch_size=3)
+    export_images(twice, PROMPTS, tmp_path / "b", num=3, batch_size=1)
+    flat = [seed for painter in (once, twice) for _, seeds in painter.calls for seed in seeds]
+    assert flat[:6] == flat[6:]
+    assert len(set(flat[:6])) == 6
+    (tmp_path / "a/00001/samples/00002.png").unlink()
+    again = Painter()
+    export_images(again, PROMPTS, tmp_path / "a", num=3, batch_size=3)
+    assert again.calls == [(["a photo of two cats"], [flat[5]])]
+
+
+def test_another_protocol_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    export_images(Painter(), PROMPTS, tmp_path / "out", num=1, describe={"steps": 20})
+    with pytest.raises(RunError, match=r"another protocol \(different: num, steps\)"):
+        export_images(Painter(), PROMPTS, tmp_path / "out", num=2, describe={"steps": 10})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(RunError, match="not an empty folder"):
+        export_images(Painter(), PROMPTS, tmp_path / "mine")
+
+
+def results(**correct: list[bool]) -> list[dict[str, Any]]:
+    return [
+        {"filename": "x", "tag": tag, "prompt": f"{tag} {i // 2}", "correct": right, "metadata": f"{tag} {i // 2}"}
+        for tag, rights in correct.items() for i, right in enumerate(rights)
+    ]  # fmt: skip
+
+
+def test_the_overall_score_is_the_mean_of_the_tasks_not_of_the_images(tmp_path: Path) -> None:
+    rows = results(counting=[True, False], single_object=[True, True, True, False, True, True, True, True])
+    found = score(write(tmp_path / "r.jsonl", rows))
+    assert list(found.tasks) == ["single_object", "counting"]  # the published order
+    assert found.tasks == {"single_object": 7 / 8, "counting": 1 / 2}
+    assert found.overall == pytest.approx((7 / 8 + 1 / 2) / 2)
+    assert found.prompts == 5
+    assert found.correct_prompts == 1.0
+    assert found.to_dict()["overall"] == pytest.approx(68.75)
+
+
+def test_two_results_are_compared_only_on_the_same_images(tmp_path: Path) -> None:
+    teacher = score(write(tmp_path / "t.jsonl", results(**{task: [True, True] for task in TASKS})))
+    student = score(write(tmp_path / "s.jsonl", results(**{task: [True, False] for task in TASKS})))
+    found = compare_scores(student, teacher)
+    assert found["overall"] == {"teacher": 100.0, "student": 50.0, "difference": -50.0}
+    assert [row["difference"] for row in found["rows"]] == [-50.0] * 6
+    other = score(write(tmp_path / "o.jsonl", results(counting=[True])))
+    with pytest.raises(DataError, match="not of the same images"):
+        compare_scores(other, teacher)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no"),
+        ("nonsense", "line 1: not JSON"),
+        ("[1]", "expected an object"),
+        ('{"tag": "counting"}', "line 1"),
+        ('\n{"tag": 3, "correct": true, "prompt": ""}', "line 2"),
+        ("[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_other_files_are_refused_with_their_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_text(text)
+    for read in (score, read_prompts):
+        with pytest.raises(DataError, match=message):
+            read(path)
+    with pytest.raises(DataError, match="can't read"):
+        score(tmp_path / "absent.jsonl")
