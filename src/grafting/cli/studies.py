@@ -1,4 +1,4 @@
-"""Verbs that compare: study, bench."""
+"""`graft study`: sets of experiments."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, show
-from grafting.cli.options import Device, Json, Resume, Seed, Set
+from grafting.cli.common import new_console
+from grafting.cli.options import Device, Resume, Seed, Set
 
 
 @app.command()
@@ -30,19 +30,3 @@ def study(
     )
     console.close()
     print(f"study: {page}")
-
-
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="stage1: one pass for all operators against one job per operator.")],
-    updates: Annotated[int, typer.Option(min=2, help="Optimizer steps of each side.")] = 40,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None, json_: Json = False,
-) -> None:  # fmt: skip
-    """Compare the speed of two ways in one run; report ratios."""
-    from grafting.benchmarks import run_benchmark
-    from grafting.formats.weights import write_json
-
-    found = run_benchmark(what, updates=updates)
-    if out:
-        write_json(out, found)
-    show(found, json_)

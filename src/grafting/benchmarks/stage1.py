@@ -1,7 +1,5 @@
-"""`graft bench`: two ways of one thing in one run, as ratios. Every side runs in a process of its own.
-
-`stage1`: all operators in one pass against the published way, one job per operator on cached teacher activations,
-over the same number of updates.
+"""Stage 1: all operators in one pass against the published way, one job per operator on cached teacher activations,
+over the same number of updates. Every side runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,19 +10,10 @@ import sys
 import time
 from typing import Any
 
-from grafting.errors import GraftError
-
 _PLAN = [{"replace": {"target": "mha", "layers": "interleaved-50", "with": "hyena_x"}}]
 
 
-def run_benchmark(what: str, *, updates: int = 40) -> dict[str, Any]:
-    """Run a benchmark by name. Raises GraftError for an unknown one."""
-    if what != "stage1":
-        raise GraftError(f"unknown benchmark {what!r}: expected stage1")
-    return stage1(updates)
-
-
-def stage1(updates: int, batch_size: int = 64) -> dict[str, Any]:
+def bench_stage1(*, updates: int = 40, batch_size: int = 64) -> dict[str, Any]:
     """Half of the attention of dit-fashion -> hyena_x: seconds, disk and memory of both ways, and their ratios."""
     from grafting.runs import environment
 
