@@ -4,27 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from grafting import operators
-from grafting.families import family_of
+from grafting.families import families, family_of
 from grafting.plan import GraftPlan
 from grafting.selectors import Locality
-from grafting.surgery import explain
+from grafting.surgery import explain, operator_name, record_of
 
 
-def plan_cost(model: nn.Module, plan: GraftPlan, locality: Locality | None = None) -> dict[str, Any]:
-    """Changes per (target, operator) and of the whole model.
+def plan_cost(
+    model: nn.Module, plan: GraftPlan | None = None, locality: Locality | None = None
+) -> dict[str, Any]:
+    """Changes per (target, operator), per layer and of the whole model.
 
-    {"rows": [{"target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct"}], "model": {"params",
-    "flops_per_image"} each [before, after]}. Percentages are of all operators of that target in the unedited model;
-    `flops_ft_pct` is None where the target has no projections or featurizers of its own (mlp).
+    plan: None for the plan that an edited model carries, against its base (an unedited model changes nothing).
+    {"rows": [{"target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct"}], "layers": [{"layer",
+    "target", "operator", "flops_op", "flops_ft", "params"}], "model": {"params", "flops_per_image", "flops_op",
+    "flops_ft"}}. Percentages are of all operators of that target in the unedited model; `flops_ft_pct` is None where
+    the target has no projections or featurizers of its own (mlp). The figures of layers (one per site) and of the
+    model are [before, after], for one image, 2 FLOPs per multiply-add.
     """
+    model, plan = _base_and_plan(model, plan)
     explanation = explain(model, plan, locality)
+    edits_at = {edit.site.path: edit for edit in explanation.edits}
     totals: dict[str, operators.Cost] = {}
+    layers = []
     for site in family_of(model).sites(model):
         cost = site.cost
         totals[site.kind] = totals[site.kind] + cost if site.kind in totals else cost
+        edit = edits_at.get(site.path)
+        after, name = (edit.after, edit.entry.operator) if edit else (cost, operator_name(site.donor))
+        layers.append({
+            "layer": site.layer, "target": site.kind, "operator": [operator_name(site.donor), name],
+            "flops_op": [cost.operator, after.operator], "flops_ft": [cost.featurizer, after.featurizer],
+            "params": [cost.params, after.params],
+        })  # fmt: skip
     groups: dict[tuple[str, str, str], list[Any]] = {}
     for edit in explanation.edits:
         groups.setdefault((edit.site.kind, edit.entry.operator, str(edit.entry.config)), []).append(edit)
@@ -44,8 +60,35 @@ def plan_cost(model: nn.Module, plan: GraftPlan, locality: Locality | None = Non
         })  # fmt: skip
     return {
         "rows": rows,
-        "model": {"params": list(explanation.params), "flops_per_image": list(explanation.flops_per_image)},
-    }
+        "layers": layers,
+        "model": {
+            "params": list(explanation.params),
+            "flops_per_image": list(explanation.flops_per_image),
+            **{key: [sum(layer[key][side] for layer in layers) for side in (0, 1)]
+               for key in ("flops_op", "flops_ft")},
+        },
+    }  # fmt: skip
+
+
+def base_of(model: nn.Module, *, device: str | torch.device = "meta") -> nn.Module:
+    """An unedited model of the architecture that an edited one was made from, with random weights.
+
+    On the meta device, the default, without any.
+    """
+    record = record_of(model)
+    if record is None:
+        return model
+    family = families()[record.architecture["family"]]
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if str(device) == "meta" else "cpu"):
+        base = family.build(record.architecture)
+    return base.to(device)
+
+
+def _base_and_plan(model: nn.Module, plan: GraftPlan | None) -> tuple[nn.Module, GraftPlan]:
+    if plan is not None:
+        return model, plan
+    record = record_of(model)
+    return (model, GraftPlan.empty()) if record is None else (base_of(model), record.plan)
 
 
 def _per_cent(change: float, total: float) -> float:

@@ -112,6 +112,12 @@ class Family(ABC):
     def num_classes(self, model: nn.Module) -> int | None:
         """Number of classes of a class-conditional model (the null class not counted), else None."""
 
+    def example_condition(self, model: nn.Module, batch_size: int) -> Any:
+        """Some conditioning of that many samples on the model's device, for measurements: class 0 by default."""
+        if self.num_classes(model) is None:
+            raise GraftError(f"the family '{self.name}' gives no example of its conditioning to measure with")
+        return torch.zeros(batch_size, dtype=torch.int64, device=next(model.parameters()).device)
+
     @abstractmethod
     def null_condition(self, model: nn.Module, cond: Any) -> Any:
         """The unconditional counterpart of `cond`, for guidance and label dropout."""

@@ -1,0 +1,175 @@
+"""What a plan changes on the device at hand: latency and peak memory of one forward pass, before and after.
+
+Axes: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grafting import draws
+from grafting.analysis.costs import base_of, plan_cost
+from grafting.analysis.memory import memory_source, peak_bytes, weight_bytes
+from grafting.errors import GraftError
+from grafting.families import family_of
+from grafting.plan import GraftPlan
+from grafting.selectors import Locality
+from grafting.surgery import Edit, explain, graft, record_of
+
+WARM_UP = 3  # passes that are not timed: caches, choice of kernels, the allocator
+
+
+def measure_plan(
+    model: nn.Module, plan: GraftPlan | None = None, locality: Locality | None = None, *,
+    batch_size: int = 1, repeat: int = 20, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Time one forward pass without gradients before and after a plan, in turns, and its peak memory.
+
+    model: on the device and in the dtype to measure. plan: None for the plan that an edited model carries; its base is
+    then built with random weights, for values matter to neither figure.
+    Latencies are medians in milliseconds with quartiles beside; `speedup` is before / after. `ceiling` is Amdahl's:
+    the speedup if the replaced operators cost nothing at all, from their share of the FLOPs and of the measured time.
+    `operators` times one layer of each row alone. Memory is the weights and what one pass adds to them.
+    Raises GraftError.
+    """
+    if batch_size < 1 or repeat < 1:
+        raise GraftError(f"batch_size={batch_size}, repeat={repeat}: both are at least 1")
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise GraftError("a model on the meta device has nothing to measure; load it on a real device")
+    before, after, plan = _pair(model, plan, locality, seed)
+    edits = explain(before, plan, locality).edits
+    passes = [_forward(m.eval(), batch_size, seed) for m in (before, after)]
+    times = time_in_turns(passes, repeat, device)
+    latency = [statistics.median(t) for t in times]
+    counted = plan_cost(before, plan, locality)
+    rows = []
+    for row in counted["rows"]:
+        edit = _edit_of(row, edits)
+        x = _tokens(edit, batch_size, seed, next(model.parameters()))
+        alone = [_call(m.get_submodule(edit.site.path), x) for m in (before, after)]
+        milliseconds = [statistics.median(t) for t in time_in_turns(alone, repeat, device)]
+        rows.append({
+            "target": row["target"], "operator": row["operator"], "layers": row["layers"], "layer_ms": milliseconds
+        })  # fmt: skip
+    flops = counted["model"]["flops_per_image"]
+    flops_share = sum(edit.before.total for edit in edits) / flops[0]
+    time_share = sum(row["layer_ms"][0] * len(row["layers"]) for row in rows) / latency[0]
+    return {
+        "what": "one forward pass without gradients",
+        "device": device_name(device),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "repeat": repeat,
+        "threads": torch.get_num_threads(),
+        "latency_ms": latency,
+        "quartiles_ms": [_quartiles(t) for t in times],
+        "speedup": latency[0] / latency[1],
+        "flops_speedup": flops[0] / flops[1],
+        "ceiling": {
+            "flops_share": flops_share, "from_flops": amdahl(flops_share),
+            "time_share": time_share, "from_time": amdahl(time_share),
+        },
+        "operators": rows,
+        "peak_memory_bytes": [
+            weight_bytes(m) + peak_bytes(work, device)
+            for m, work in zip((before, after), passes, strict=True)
+        ],
+        "memory": memory_source(device),
+    }  # fmt: skip
+
+
+def time_in_turns(
+    works: Sequence[Callable[[], object]], repeat: int, device: torch.device
+) -> list[list[float]]:
+    """Milliseconds of `repeat` calls of each of `works`, which take turns so that a busy moment hits all alike."""
+    for work in works:
+        for _ in range(WARM_UP):
+            work()
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(repeat):
+        for work, found in zip(works, times, strict=True):
+            synchronize(device)
+            started = time.perf_counter()
+            work()
+            synchronize(device)
+            found.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def amdahl(share: float) -> float | None:
+    """The most that can be gained by making `share` of the work free: 1 / (1 - share); None for all of it."""
+    return 1 / (1 - share) if share < 1 else None
+
+
+def _pair(
+    model: nn.Module, plan: GraftPlan | None, locality: Locality | None, seed: int
+) -> tuple[nn.Module, nn.Module, GraftPlan]:
+    """The model before, after, and the plan between them."""
+    if plan is not None:
+        return model, graft(model, plan, seed=seed, locality=locality), plan
+    record = record_of(model)
+    if record is None:
+        raise GraftError("nothing to compare: this model was not edited; give a plan")
+    first = next(model.parameters())
+    return base_of(model, device=first.device).to(first.dtype), model, record.plan
+
+
+def _forward(model: nn.Module, batch_size: int, seed: int) -> Callable[[], object]:
+    family, device = family_of(model), next(model.parameters()).device
+    index = torch.arange(batch_size, device=device)
+    x = draws.normal(seed, "latency", index, family.sample_shape(model))
+    t = torch.full((batch_size,), 500, device=device)
+    cond = family.example_condition(model, batch_size)
+
+    def work() -> object:
+        with torch.no_grad():
+            return family.predict(model, x, t, cond)
+
+    return work
+
+
+def _call(operator: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    def work() -> object:
+        with torch.no_grad():
+            return operator(x)
+
+    return work
+
+
+def _tokens(edit: Edit, batch_size: int, seed: int, like: torch.Tensor) -> torch.Tensor:
+    index = torch.arange(batch_size, device=like.device)
+    return draws.normal(seed, "latency/tokens", index, (edit.site.num_tokens, edit.site.width)).to(like.dtype)
+
+
+def _edit_of(row: dict[str, Any], edits: Sequence[Edit]) -> Edit:
+    return next(e for e in edits if e.site.kind == row["target"] and e.site.layer == row["layers"][0])
+
+
+def _quartiles(times: Sequence[float]) -> list[float]:
+    if len(times) < 2:
+        return [times[0], times[0]]
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return [low, high]
