@@ -11,7 +11,7 @@ from grafting import operators
 from grafting.families import families, family_of
 from grafting.plan import GraftPlan
 from grafting.selectors import Locality
-from grafting.surgery import explain, operator_name, record_of
+from grafting.surgery import explain, record_of
 
 
 def plan_cost(
@@ -30,14 +30,14 @@ def plan_cost(
     explanation = explain(model, plan, locality)
     edits_at = {edit.site.path: edit for edit in explanation.edits}
     totals: dict[str, operators.Cost] = {}
-    layers = []
+    layers: list[dict[str, Any]] = []
     for site in family_of(model).sites(model):
         cost = site.cost
         totals[site.kind] = totals[site.kind] + cost if site.kind in totals else cost
         edit = edits_at.get(site.path)
-        after, name = (edit.after, edit.entry.operator) if edit else (cost, operator_name(site.donor))
+        after, name = (edit.after, edit.entry.operator) if edit else (cost, site.operator)
         layers.append({
-            "layer": site.layer, "target": site.kind, "operator": [operator_name(site.donor), name],
+            "layer": site.layer, "target": site.kind, "operator": [site.operator, name],
             "flops_op": [cost.operator, after.operator], "flops_ft": [cost.featurizer, after.featurizer],
             "params": [cost.params, after.params],
         })  # fmt: skip

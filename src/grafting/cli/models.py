@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import check_empty, emit, open_model, show
-from grafting.cli.options import Heads, Json, Locality, Plan, Source
+from grafting.cli.common import check_empty, emit, new_console, open_model, show
+from grafting.cli.options import Device, Dtype, Heads, Json, Locality, Plan, Seed, Source
 
 
 @app.command("list")
@@ -57,16 +57,44 @@ def explain(
 
 @app.command()
 def cost(
-    source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None, json_: Json = False
-) -> None:
+    source: Source,
+    plan: Annotated[Path | None, typer.Option(help="Plan file; default: the plan an edited SOURCE has.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Also time one forward pass, before and after.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Also a table of all layers (always in --json).")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --measure: samples in a pass.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="With --measure: timed passes of either model.")] = 20,
+    num_heads: Heads = None, locality: Locality = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
+    json_: Json = False,
+) -> None:  # fmt: skip
     """What a plan changes in FLOPs and parameters, in per cent of all operators of the target (Table 4's way)."""
     from grafting.analysis.costs import plan_cost
+    from grafting.analysis.latency import measure_plan
+    from grafting.analysis.memory import weight_bytes
     from grafting.plan import GraftPlan
 
-    found = plan_cost(open_model(source, num_heads=num_heads, meta=True), GraftPlan.load(plan), locality)
+    loaded = GraftPlan.load(plan) if plan else None
+    model = open_model(source, num_heads=num_heads, meta=True, dtype=dtype)
+    found = plan_cost(model, loaded, locality)
+    if measure:
+        if source.startswith("arch:"):
+            size = weight_bytes(model) / 1e9
+            new_console().say(f"building random weights: {size:.1f} GB, and as much for the edited copy")
+        model = open_model(source, num_heads=num_heads, device=device, dtype=dtype)
+        found["measured"] = measure_plan(
+            model, loaded, locality, batch_size=batch_size, repeat=repeat, seed=seed
+        )
+    rows, all_layers = found["rows"], found["layers"]
+    if json_:
+        emit(found)
+        return
     show(
-        found, json_, [("target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct")], "rows"
-    )
+        {key: value for key, value in found.items() if key != "layers"}, False,
+        [("target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct")] if rows else None, "rows",
+    )  # fmt: skip
+    if layers:
+        from grafting.report.text import table
+
+        print(table(("layer", "target", "operator", "flops_op", "flops_ft", "params"), all_layers))
 
 
 @app.command("import")
