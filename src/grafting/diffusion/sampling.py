@@ -80,6 +80,7 @@ def sample(
     sampler: str = "ddim",
     guidance: float = 1.0,
     step_noise: Tensor | Callable[[int], Tensor] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw x0 [B, C, H, W] from start noise [B, C, H, W] under conditioning `cond`.
 
@@ -87,6 +88,7 @@ def sample(
     guidance: classifier-free scale; 1 means none and costs one pass a step instead of two.
     step_noise: for "ddpm", [S, B, C, H, W] or a function of the step number -> [B, C, H, W]; default: torch's
     global generator. The last step takes none.
+    on_step: called with the step's number and its timestep before the model is.
     """
     from grafting.families import family_of
 
@@ -102,6 +104,8 @@ def sample(
     timesteps = scheduler.timesteps.tolist()
     alpha_bars = scheduler.alphas_cumprod.tolist()
     for index, timestep in enumerate(timesteps):
+        if on_step is not None:
+            on_step(index, timestep)
         t = torch.full((len(x),), timestep, device=x.device, dtype=torch.int64)
         if guidance == 1.0:
             output = family.predict(model, x, t, cond)

@@ -138,6 +138,16 @@ class Family(ABC):
     def build(self, architecture: dict[str, Any]) -> nn.Module:
         """The inverse of `architecture`."""
 
+    def queries_and_keys(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, H, N, D / H] of the attention at `site` on its input x [B, N, D].
+
+        Scaled so that the attention map is softmax(q k^T / sqrt(D / H)). Raises GraftError if the family can't tell.
+        """
+        raise GraftError(
+            f"{site}: the family '{self.name}' does not say what its queries and keys are, so attention can't be "
+            f"measured; give {type(self).__name__} a method queries_and_keys"
+        )
+
     def guided_channels(self, model: nn.Module) -> int:
         """How many of the noise channels guidance acts on."""
         return self.sample_shape(model)[0]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from grafting import operators
-from grafting.errors import CheckpointError
+from grafting.errors import CheckpointError, GraftError
 from grafting.families.base import Family, Site, Tap
 from grafting.models.dit import DiT, DiTConfig
 from grafting.operators import AttentionDonor, MLPDonor
+from grafting.operators.attention import split_heads
 
 _SEAMS = {"mha": "attn", "mlp": "mlp"}  # kind of site -> attribute of the block
 
@@ -64,6 +65,12 @@ class DiTFamily(Family):
                 in_weight=fc1.weight, in_bias=fc1.bias, out_weight=fc2.weight, out_bias=fc2.bias  # type: ignore[union-attr, arg-type]
             )  # fmt: skip
         return None
+
+    def queries_and_keys(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
+        if getattr(site.donor, "operator_name", None) != "mha":
+            raise GraftError(f"{site}: its operator is no attention over all tokens, so it has no attention map")
+        q, k, _ = split_heads(site.donor.qkv(x), site.num_heads)  # type: ignore[operator]
+        return q, k
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         return model(x, t, cond)
