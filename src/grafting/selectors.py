@@ -150,6 +150,11 @@ def _locality(name: str, num_layers: int, where: str, locality: Locality | None)
             "measure it on this model with `graft locality`"
         )
     for layer, value in enumerate(values):
+        if value is None:
+            raise PlanError(
+                f"{where}: locality of layer {layer} was not measured (its attention was replaced before); "
+                "run `graft locality` on the unedited model"
+            )
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
             raise PlanError(f"{where}: locality of layer {layer} is {show(value)}, expected a finite number")
     return [float(value) for value in values]

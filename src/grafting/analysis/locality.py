@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from grafting.diffusion import sample
 from grafting.errors import GraftError
 from grafting.families import Family, Site, family_of
 from grafting.operators import AttentionDonor
-from grafting.surgery import operator_name
+from grafting.runs import environment
+from grafting.surgery import operator_name, source_of
 from grafting.training.loop import Batches
 
 VERSION = 1
@@ -41,9 +43,9 @@ def measure_locality(
     *,
     widths: Sequence[int] | None = None,
     num_samples: int = 250,
-    steps: int = 50,
-    sampler: str = "ddim",
-    guidance: float = 1.5,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
     timestep_bins: int = 10,
     batch_size: int = 50,
     seed: int = 0,
@@ -51,16 +53,15 @@ def measure_locality(
 ) -> dict[str, Any]:
     """Band-k attention mass of every self-attention, as plain data; its `locality` feeds `top-local-50`.
 
-    Without `data`, over the model's own sampling trajectories (the paper: 250 samples, 50 DDIM steps, guidance 1.5),
-    from the noise and labels that `graft sample` starts from; both halves of a guided batch count. With `data`, over
-    that many of its samples, each noised to a uniform timestep; steps, sampler and guidance then say nothing.
+    Without `data`, over the model's own sampling trajectories (default as in the paper: 50 `ddim` steps, guidance
+    1.5), from the noise and labels that `graft sample` starts from; both halves of a guided batch count. With `data`,
+    over that many of its samples, each noised to a uniform timestep; steps, sampler and guidance are then refused.
     widths: band widths k; the first gives `locality`. Default: N / 8.
     Sites whose operator is no longer an attention over all tokens are listed under `skipped`; their layers are None.
-    Raises GraftError (settings, a family without queries_and_keys, no attention left), DataError (data of another model).
+    Raises GraftError (settings, a family without queries_and_keys, no attention left), DataError (another model's).
     """
     check_counts(num_samples=num_samples, batch_size=batch_size)
-    if not math.isfinite(guidance) or guidance < 0:
-        raise GraftError(f"guidance={guidance}: expected a finite number of at least 0; 1 means none")
+    sampling = _Sampling.of(steps, sampler, guidance, data is not None)
     family = family_of(model)
     sites, skipped = _sites(family, model)
     num_tokens = sites[0].num_tokens
@@ -72,12 +73,13 @@ def measure_locality(
     with evaluating(model), inputs_seen({site.path: site.donor for site in sites}, totals.see):
         if data is None:
             protocol = _sampled(
-                family, model, totals, num_samples, steps, sampler, guidance, batch_size, seed, progress, device
+                family, model, totals, sampling, num_samples, batch_size, seed, progress, device
             )
         else:
             protocol = _noised(family, model, totals, data, num_samples, batch_size, seed, progress, device)
     return {
         "version": VERSION,
+        "model": source_of(model),
         "k": widths[0],
         "locality": totals.by_layer(widths[0], family.num_layers(model)),
         "num_tokens": num_tokens,
@@ -86,7 +88,31 @@ def measure_locality(
         "timestep_bins": edges,
         "bands": [totals.band(k, family.num_layers(model)) for k in widths],
         "skipped": skipped,
+        "environment": environment(),
     }
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """The trajectories to measure along."""
+
+    steps: int = 50
+    sampler: str = "ddim"
+    guidance: float = 1.5
+
+    @classmethod
+    def of(cls, steps: int | None, sampler: str | None, guidance: float | None, unused: bool) -> _Sampling:
+        """The given settings over the defaults. Raises GraftError for one that would be ignored or is out of range."""
+        settings = {"steps": steps, "sampler": sampler, "guidance": guidance}
+        given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+        if unused and given:
+            raise GraftError(
+                f"{next(iter(given))} belongs to sampling trajectories, but data was given to measure on; "
+                "leave out the one or the other"
+            )
+        if guidance is not None and (not math.isfinite(guidance) or guidance < 0):
+            raise GraftError(f"guidance={guidance}: expected a finite number of at least 0; 1 means none")
+        return cls(**given)
 
 
 def _sites(family: Family, model: nn.Module) -> tuple[list[Site], list[dict[str, Any]]]:
@@ -147,7 +173,8 @@ class _Totals:
             mass, maps = self.mass[path][place], self.maps[path]  # [T, H], [T]
             heads[site.layer] = (mass.sum(0) / maps.sum()).tolist()
             bins[site.layer] = [
-                (row.mean() / count).item() if count > 0 else None for row, count in zip(mass, maps, strict=True)
+                (row.mean() / count).item() if count > 0 else None
+                for row, count in zip(mass, maps, strict=True)
             ]
         num_tokens = next(iter(self.sites.values())).num_tokens
         return {
@@ -157,8 +184,8 @@ class _Totals:
 
 
 def _sampled(
-    family: Family, model: nn.Module, totals: _Totals, num: int, steps: int, sampler: str, guidance: float,
-    batch_size: int, seed: int, progress: Progress | None, device: torch.device,
+    family: Family, model: nn.Module, totals: _Totals, sampling: _Sampling, num: int, batch_size: int, seed: int,
+    progress: Progress | None, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure along sampling trajectories."""
     classes = family.num_classes(model)
@@ -167,7 +194,7 @@ def _sampled(
             "this model is not class-conditional, so there are no labels to sample it by; give data (--data) to "
             "measure on noised samples"
         )
-    shape = family.sample_shape(model)
+    shape, steps = family.sample_shape(model), sampling.steps
     for chunk in torch.arange(num).split(batch_size):
         index = chunk.to(device)
 
@@ -177,13 +204,13 @@ def _sampled(
                 progress(int(chunk[0]) * steps + (step + 1) * len(chunk), num * steps)
 
         sample(
-            model, draws.normal(seed, "sample/start", index, shape), index % classes, steps=steps, sampler=sampler,
-            guidance=guidance, on_step=at_step,
+            model, draws.normal(seed, "sample/start", index, shape), index % classes, steps=steps,
+            sampler=sampling.sampler, guidance=sampling.guidance, on_step=at_step,
             step_noise=lambda step, i=index: draws.normal(seed, f"sample/step{step}", i, shape),  # type: ignore[misc]
         )  # fmt: skip
     return {
-        "along": "sampling trajectories", "num_samples": num, "steps": steps, "sampler": sampler,
-        "guidance": guidance, "labels": f"i mod {classes}", "seed": seed,
+        "along": "sampling trajectories", "num_samples": num, "steps": steps,
+        "sampler": sampling.sampler, "guidance": sampling.guidance, "labels": f"i mod {classes}", "seed": seed,
     }  # fmt: skip
 
 

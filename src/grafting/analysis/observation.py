@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,9 +67,11 @@ def bin_edges(num_bins: int) -> list[list[int]]:
     """Timesteps [first, last] of each bin, of equal length up to rounding. Raises GraftError."""
     check_counts(timestep_bins=num_bins)
     if num_bins > NUM_TIMESTEPS:
-        raise GraftError(f"timestep_bins={num_bins}: there are {NUM_TIMESTEPS} timesteps; give at most that many")
+        raise GraftError(
+            f"timestep_bins={num_bins}: there are {NUM_TIMESTEPS} timesteps; give at most that many"
+        )
     edges = [-(-NUM_TIMESTEPS * number // num_bins) for number in range(num_bins + 1)]
-    return [[first, last - 1] for first, last in zip(edges[:-1], edges[1:], strict=True)]
+    return [[first, last - 1] for first, last in pairwise(edges)]
 
 
 def bin_of(t: Tensor, num_bins: int) -> Tensor:

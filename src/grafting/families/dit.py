@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grafting import operators
@@ -13,7 +14,6 @@ from grafting.errors import CheckpointError, GraftError
 from grafting.families.base import Family, Site, Tap
 from grafting.models.dit import DiT, DiTConfig
 from grafting.operators import AttentionDonor, MLPDonor
-from grafting.operators.attention import split_heads
 
 _SEAMS = {"mha": "attn", "mlp": "mlp"}  # kind of site -> attribute of the block
 
@@ -68,8 +68,14 @@ class DiTFamily(Family):
 
     def queries_and_keys(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
         if getattr(site.donor, "operator_name", None) != "mha":
-            raise GraftError(f"{site}: its operator is no attention over all tokens, so it has no attention map")
-        q, k, _ = split_heads(site.donor.qkv(x), site.num_heads)  # type: ignore[operator]
+            raise GraftError(
+                f"{site}: its operator is no attention over all tokens, so it has no attention map"
+            )
+        donor = self.donor_weights(site)
+        assert isinstance(donor, AttentionDonor)  # what an `mha` gives
+        heads = (site.num_heads, -1)
+        q = F.linear(x, donor.q_weight, donor.q_bias).unflatten(2, heads).transpose(1, 2)
+        k = F.linear(x, donor.k_weight, donor.k_bias).unflatten(2, heads).transpose(1, 2)
         return q, k
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
