@@ -107,6 +107,10 @@ class Pipeline:
 
     def graft(self) -> nn.Module:
         """Apply the plan and write plan.yaml and graft/."""
+        with self.run.writing("graft"):
+            return self._graft()
+
+    def _graft(self) -> nn.Module:
         student = graft(
             self.teacher, self.recipe.graft_plan, seed=self.recipe.seed, locality=self.recipe.locality
         )
@@ -138,15 +142,16 @@ class Pipeline:
         )
 
     def _train(self, stage: str, work: Any) -> dict[str, Any]:
-        self.run.bind("data", self.data.name, self.data.content_hash)
-        student = self.student()
-        with self.run.stoppable():
-            result = work(student).to_dict()
-        result |= self.share_of_pretraining(result["flops"])
-        self.run.save_student(student)
-        if stage == "distill" and self.keep_stage_1:
-            save_graft(student, self.run.path / "stage-1")
-        self.run.finish(stage, result)
+        with self.run.writing(stage):
+            self.run.bind("data", self.data.name, self.data.content_hash)
+            student = self.student()
+            with self.run.stoppable():
+                result = work(student).to_dict()
+            result |= self.share_of_pretraining(result["flops"])
+            self.run.save_student(student)
+            if stage == "distill" and self.keep_stage_1:
+                save_graft(student, self.run.path / "stage-1")
+            self.run.finish(stage, result)
         if (code := self.run.stop_requested()) is not None:  # it came after the last step
             raise Interrupted(code, result["steps"])
         return result
@@ -166,21 +171,24 @@ class Pipeline:
     def sample(self) -> dict[str, Any]:
         """The same noise and labels through teacher and student."""
         config = self.recipe.sample
-        seconds = {}
-        models = {"teacher": self.teacher, "student": self.student()}
-        for who, model in models.items():
-            started = time.perf_counter()
-            if who == "teacher" and (self.run.path / "samples" / "teacher.npz").is_file():
-                continue  # drawn by an earlier attempt or row: files appear whole or not at all
-            generate(
-                model, self.run.path / "samples" / f"{who}.npz", seed=self.recipe.seed, **config.model_dump(),
-                describe={"model": who},
-                progress=lambda done, total, who=who: self.run.progress(f"sample {who}", done, total, "images"),  # type: ignore[misc]
-            )  # fmt: skip
-            seconds[who] = time.perf_counter() - started
-        result = {"seconds": seconds, **config.model_dump(mode="json")}
-        self.run.finish("sample", result)
-        return result
+        with self.run.writing("sample"):
+            seconds = {}
+            models = {"teacher": self.teacher, "student": self.student()}
+            for number, (who, model) in enumerate(models.items()):
+                started = time.perf_counter()
+                if who == "teacher" and (self.run.path / "samples" / "teacher.npz").is_file():
+                    continue  # drawn by an earlier attempt or row: files appear whole or not at all
+                generate(
+                    model, self.run.path / "samples" / f"{who}.npz", seed=self.recipe.seed, **config.model_dump(),
+                    describe={"model": who},
+                    progress=lambda done, total, who=who, before=number: self.run.progress(  # type: ignore[misc]
+                        "sample", before * total + done, 2 * total, f"images, now of the {who}"
+                    ),
+                )  # fmt: skip
+                seconds[who] = time.perf_counter() - started
+            result = {"seconds": seconds, **config.model_dump(mode="json")}
+            self.run.finish("sample", result)
+            return result
 
     def evaluate(self) -> dict[str, Any]:
         """Measure both sample files and compare them; writes evaluation.json."""
@@ -188,17 +196,18 @@ class Pipeline:
         if config is None:
             raise RunError("this recipe has no evaluate settings")
         found: dict[str, Any] = {}
-        for who in ("teacher", "student"):
-            self.run.console.say(f"evaluating {who}")
-            found[who] = evaluate(
-                self.run.path / "samples" / f"{who}.npz",
-                config.reference,
-                config.features,
-                device=self.device,
-            )
-        found["comparison"] = compare(found["teacher"], found["student"])
-        weights.write_json(self.run.path / "evaluation.json", found)
-        self.run.finish("evaluate", found["comparison"])
+        with self.run.writing("evaluate"):
+            for who in ("teacher", "student"):
+                self.run.console.say(f"evaluating {who}")
+                found[who] = evaluate(
+                    self.run.path / "samples" / f"{who}.npz",
+                    config.reference,
+                    config.features,
+                    device=self.device,
+                )
+            found["comparison"] = compare(found["teacher"], found["student"])
+            weights.write_json(self.run.path / "evaluation.json", found)
+            self.run.finish("evaluate", found["comparison"])
         return found
 
     def report(self) -> Path:
@@ -217,15 +226,16 @@ class Pipeline:
             "graft": True, "distill": self.recipe.distill is not None, "finetune": self.recipe.finetune is not None,
             "sample": True, "evaluate": self.recipe.evaluate is not None,
         }  # fmt: skip
-        for stage in STAGES:
-            if not self.compute.is_main and stage == "sample":
-                break
-            if wanted[stage] and self.run.result(stage) is None:
-                self.run.console.say(f"[{stage}]")
-                getattr(self, stage)()
-            if stage in ("graft", "distill", "finetune"):
-                self.compute.wait()
-        return self.report() if self.compute.is_main else self.run.path
+        with self.run.writing():
+            for stage in STAGES:
+                if not self.compute.is_main and stage == "sample":
+                    break
+                if wanted[stage] and self.run.result(stage) is None:
+                    self.run.console.say(f"[{stage}]")
+                    getattr(self, stage)()
+                if stage in ("graft", "distill", "finetune"):
+                    self.compute.wait()
+            return self.report() if self.compute.is_main else self.run.path
 
 
 def open_pipeline(path: str | Path, console: Console, device: str = "cpu") -> Pipeline:

@@ -8,9 +8,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +83,22 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole or not at all. Raises CheckpointError where the folder can't be written."""
+    with new_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that takes its name, on disk for good, when the block ends; after an error nothing is left.
+
+    Temporary file beside it, fsync, rename, fsync of the folder. Raises CheckpointError for an error of the disk.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(partial, 0o644)
@@ -95,8 +106,22 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
+        _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"can't write {str(path)!r}: {error.strerror or error}") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last; systems that can't do that for a folder are left to do it in their time."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def tensor_digest(tensor: Tensor) -> str:
