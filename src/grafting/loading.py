@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from grafting import draws
 from grafting.errors import CheckpointError, GraftError
-from grafting.formats import dit_states, weights
+from grafting.families import families
+from grafting.formats import diffusers_folder, dit_states, weights
 from grafting.formats.graft_folder import is_graft_folder, load_graft, load_saved_model
 from grafting.formats.published import load_published
-from grafting.models.dit import DiT, named_config
+from grafting.models.dit import DiT
 from grafting.surgery import record_of, set_source
 
 PACKAGED = ("dit-fashion",)
@@ -38,8 +38,8 @@ def load_model(
     """Load a model.
 
     source: a packaged name (`dit-fashion`); a published `.pt` or bare `.safetensors`; a folder that this package saved
-    (model, graft or run) or in diffusers' DiT layout; a hub id of such; or `arch:DiT-XL/2` for random
-    weights, the same at every call.
+    (model, graft or run) or a DiT or PixArt in diffusers' layout (pipeline or transformer); a hub id of such; or
+    `arch:DiT-XL/2`, `arch:PixArt-Sigma-2K` for random weights, the same at every call.
     num_heads: needed for a bare file of a width that no published size has.
     device: also "meta", for `arch:` only. dtype: default float32, or what a graft was saved in.
     Raises CheckpointError or GraftError that names the source and what to do.
@@ -51,10 +51,7 @@ def load_model(
         raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number of at least 1")
     device = as_device(device)
     if source.startswith("arch:"):
-        config = named_config(source.removeprefix("arch:"))
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
-            torch.manual_seed(draws.torch_seed(0, source))  # a graft of it finds the same base again
-            model: nn.Module = DiT(config)
+        model = _architecture(source, device)
     elif device.type == "meta":
         raise GraftError(f"{source!r} has weights; the meta device is for arch:NAME")
     else:
@@ -64,7 +61,20 @@ def load_model(
         raise CheckpointError(f"{source!r} has {heads} heads, not num_heads={num_heads}; leave num_heads out")
     if record_of(model) is None:
         set_source(model, source if not Path(source).exists() else str(Path(source).resolve()))
-    return model.to(device=device, dtype=dtype) if dtype else model.to(device)
+    return weights.cast(model.to(device), dtype) if dtype else model.to(device)
+
+
+def _architecture(source: str, device: torch.device) -> nn.Module:
+    """Random weights of a named architecture, the same at every call: a graft of it finds its base again."""
+    name = source.removeprefix("arch:")
+    for family in families().values():
+        architecture = family.named(name)
+        if architecture is not None:
+            with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+                torch.manual_seed(draws.torch_seed(0, source))
+                return family.build(architecture).eval()
+    known = "; ".join(family.names for family in families().values())
+    raise GraftError(f"unknown architecture {name!r}: expected {known}, such as DiT-XL/2 or PixArt-Sigma-2K")
 
 
 def packaged_folder(name: str) -> Path:
@@ -95,38 +105,12 @@ def _load_folder(folder: Path) -> nn.Module:
         return load_graft(folder / "graft")
     if (folder / "model.json").is_file():
         return load_saved_model(folder)
-    for candidate in (folder, folder / "transformer"):
-        if (candidate / "config.json").is_file():
-            return _load_diffusers(candidate)
+    if transformer := diffusers_folder.transformer_folder(folder):
+        return diffusers_folder.read_transformer(transformer)
     raise CheckpointError(
         f"the folder {str(folder)!r} is no graft, run, saved model, or diffusers model: "
         "expected graft.json, graft/, model.json, config.json or transformer/config.json in it"
     )
-
-
-def _load_diffusers(folder: Path) -> DiT:
-    config = weights.read_json(folder / "config.json", "diffusers configuration")
-    name = config.get("_class_name")
-    if (
-        name not in ("DiTTransformer2DModel", "Transformer2DModel")
-        or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero"
-    ):
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes a {name!r}; expected diffusers' DiTTransformer2DModel"
-        )
-    candidates = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    path = next((folder / file for file in candidates if (folder / file).is_file()), None)
-    if path is None:
-        raise CheckpointError(
-            f"the folder {str(folder)!r} holds no weights: expected {' or '.join(candidates)}"
-        )
-    state: Any = (
-        weights.read_safetensors(path) if path.suffix == ".safetensors" else weights.read_pickled(path)
-    )
-    dit, published = dit_states.from_diffusers(state, config)
-    model = DiT(dit)
-    weights.load_strictly(model, {name: tensor.float() for name, tensor in published.items()}, str(folder))
-    return model
 
 
 def save_diffusers(model: nn.Module, folder: str | Path) -> None:

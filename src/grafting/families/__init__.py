@@ -2,7 +2,9 @@
 
 from grafting.families.base import Family, Site, Tap, families, family_of, register_family
 from grafting.families.dit import DiTFamily
+from grafting.families.pixart import PixArtFamily
 
 register_family(DiTFamily())
+register_family(PixArtFamily())
 
-__all__ = ["DiTFamily", "Family", "Site", "Tap", "families", "family_of", "register_family"]
+__all__ = ["DiTFamily", "Family", "PixArtFamily", "Site", "Tap", "families", "family_of", "register_family"]

@@ -6,7 +6,7 @@ Axes: B batch, C channels, H W height and width, N tokens, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grafting import operators
-from grafting.errors import GraftError
+from grafting.errors import DataError, GraftError
 from grafting.operators import AttentionDonor, Cost, MLPDonor
 
 
@@ -63,6 +63,7 @@ class Family(ABC):
     """The adapter of one family. Stateless: every method takes the model."""
 
     name: str
+    names: str  # of its architectures, for people: what `named` knows
 
     @abstractmethod
     def owns(self, model: nn.Module) -> bool:
@@ -147,6 +148,49 @@ class Family(ABC):
             f"{site}: the family '{self.name}' does not say what its queries and keys are, so attention can't be "
             f"measured; give {type(self).__name__} a method queries_and_keys"
         )
+
+    def named(self, name: str) -> dict[str, Any] | None:
+        """The architecture that `arch:<name>` stands for, or None for a name that is not of this family."""
+        return None
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Whether `from_diffusers` takes a model that diffusers describes by this config.json."""
+        return False
+
+    def from_diffusers(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+    ) -> nn.Module:
+        """The model that diffusers saved as this configuration and these tensors. Raises CheckpointError."""
+        raise NotImplementedError
+
+    def resized(self, model: nn.Module, height: int, width: int) -> nn.Module:
+        """The same model, weights shared, whose sites are for samples of another size, where it can take one."""
+        expected = self.sample_shape(model)
+        if (height, width) != expected[1:]:
+            raise DataError(
+                f"samples of {height}x{width}, the model takes {expected[1]}x{expected[2]} only; "
+                "encode or resize the data for this model"
+            )
+        return model
+
+    def check_data(
+        self, model: nn.Module, name: str, shape: tuple[int, int, int], num_classes: int, caption_width: int
+    ) -> None:
+        """Raise DataError unless `model` can learn from data of this kind; `caption_width` is 0 without captions."""
+        if tuple(shape) != tuple(self.sample_shape(model)):
+            raise DataError(
+                f"data '{name}' has samples of shape {list(shape)}, the model needs "
+                f"{list(self.sample_shape(model))}; encode or resize the data for this model"
+            )
+        classes = self.num_classes(model)
+        if classes is not None and caption_width:
+            raise DataError(
+                f"data '{name}' has captions, the model knows {classes} classes; give labelled data"
+            )
+        if classes is not None and num_classes > classes:
+            raise DataError(
+                f"data '{name}' has {num_classes} classes, the model knows {classes}; give data of its classes"
+            )
 
     def guided_channels(self, model: nn.Module) -> int:
         """How many of the noise channels guidance acts on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from grafting import operators
 from grafting.errors import CheckpointError, GraftError
 from grafting.families.base import Family, Site, Tap
-from grafting.models.dit import DiT, DiTConfig
+from grafting.formats import dit_states, weights
+from grafting.models.dit import DiT, DiTConfig, named_config
 from grafting.operators import AttentionDonor, MLPDonor
 
 _SEAMS = {"mha": "attn", "mlp": "mlp"}  # kind of site -> attribute of the block
@@ -22,6 +23,7 @@ class DiTFamily(Family):
     """Conditioning is a tensor of class numbers [B]; the null class is number `num_classes`."""
 
     name = "dit"
+    names = "DiT-<S|B|L|XL>/<2|4|8>[-256|-512][-D<depth>]"
 
     def owns(self, model: nn.Module) -> bool:
         return isinstance(model, DiT)
@@ -153,6 +155,22 @@ class DiTFamily(Family):
             return DiT(DiTConfig(**fields))
         except TypeError as error:
             raise CheckpointError(f"not the architecture of a DiT: {error}") from None
+
+    def named(self, name: str) -> dict[str, Any] | None:
+        try:
+            return {"family": self.name, **named_config(name).to_dict()}
+        except GraftError:
+            return None
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        named = config.get("_class_name") in ("DiTTransformer2DModel", "Transformer2DModel")
+        return named and config.get("norm_type", "ada_norm_zero") == "ada_norm_zero"
+
+    def from_diffusers(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> DiT:
+        dit, published = dit_states.from_diffusers(dict(tensors), dict(config))
+        model = DiT(dit)
+        weights.load_strictly(model, {name: tensor.float() for name, tensor in published.items()}, where)
+        return model
 
     def _check_null(self, model: nn.Module) -> None:
         if not _config(model).null_class:

@@ -100,7 +100,7 @@ def load_graft(
 
     reference, saved_dtype = manifest["base"], _DTYPES[manifest["dtype"]]
     if reference is None:
-        skeleton = _build(manifest["architecture"]).to(saved_dtype)
+        skeleton = weights.cast(_build(manifest["architecture"]), saved_dtype)
         student, digests, source = _edited(skeleton, plan, manifest), {}, None
         weights.load_strictly(student, tensors, str(folder))
     else:
@@ -115,6 +115,7 @@ def load_graft(
             source, base = base, load_model(base, num_heads=heads, dtype=saved_dtype)
         else:
             source = reference["source"]
+        base = _sized(base, manifest["architecture"])
         digests = weights.digests(base)
         if weights.combined_digest(digests) != reference["sha256"]:
             raise CheckpointError(
@@ -129,13 +130,19 @@ def load_graft(
     set_record(student, GraftRecord(
         plan=plan, seed=manifest["seed"], source=source, architecture=manifest["architecture"], base_digests=digests
     ))  # fmt: skip
-    return student.to(device=device, dtype=dtype) if dtype else student.to(device)
+    return weights.cast(student.to(device), dtype) if dtype else student.to(device)
 
 
 def _edited(base: nn.Module, plan: GraftPlan, manifest: dict[str, Any]) -> nn.Module:
     if not len(plan):
         return base
     return graft(base, plan, seed=manifest["seed"])
+
+
+def _sized(base: nn.Module, architecture: dict[str, Any]) -> nn.Module:
+    """The base at the size of samples that was grafted, for families that take several."""
+    size = architecture.get("latent_size")
+    return family_of(base).resized(base, *map(int, size)) if size else base
 
 
 def _build(architecture: dict[str, Any]) -> nn.Module:

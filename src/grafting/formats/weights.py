@@ -153,8 +153,26 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             raise CheckpointError(f"{where}: tensor {name!r} holds values that are not finite")
 
 
-def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load a whole state dict; every missing, unexpected or misshapen tensor is an error that names it."""
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Change the type of all that is stored, in place; fixed tables, which are not, keep theirs."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module._buffers.items():
+            stored = name not in module._non_persistent_buffers_set
+            if buffer is not None and stored and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+    return model
+
+
+def load_strictly(
+    model: nn.Module, tensors: Mapping[str, Tensor], where: str, *, assign: bool = False
+) -> None:
+    """Load a whole state dict; every missing, unexpected or misshapen tensor is an error that names it.
+
+    assign: the tensors themselves become the model's (for a model that was built without memory).
+    """
     own = model.state_dict()
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
@@ -168,7 +186,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
                 f"{where}: tensor {name!r} has shape {list(tensors[name].shape)}, the model needs {list(tensor.shape)}"
             )
     check_finite(tensors, where)
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict(dict(tensors), assign=assign)
 
 
 def _check_file(path: Path) -> None:

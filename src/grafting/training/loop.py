@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grafting import draws
+from grafting.conditioning import choose, move
 from grafting.data import DataSource
 from grafting.diffusion import NUM_TIMESTEPS, add_noise
 from grafting.errors import DataError
@@ -84,17 +85,7 @@ class Batches:
         self, data: DataSource, family: Family, model: nn.Module, *, seed: int, purpose: str,
         label_dropout: float, device: torch.device,
     ) -> None:  # fmt: skip
-        classes = family.num_classes(model)
-        if tuple(data.shape) != tuple(family.sample_shape(model)):
-            raise DataError(
-                f"data '{data.name}' has samples of shape {list(data.shape)}, the model needs "
-                f"{list(family.sample_shape(model))}; encode or resize the data for this model"
-            )
-        if classes is not None and data.num_classes > classes:
-            raise DataError(
-                f"data '{data.name}' has {data.num_classes} classes, the model knows {classes}; "
-                "give data of its classes"
-            )
+        family.check_data(model, data.name, data.shape, data.num_classes, getattr(data, "caption_width", 0))
         self.data, self.family, self.model = data, family, model
         self.seed, self.purpose, self.label_dropout, self.device = seed, purpose, label_dropout, device
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
@@ -112,14 +103,14 @@ class Batches:
         x0, y = self.data.batch(rows)
         return self.noised(index, x0, y)
 
-    def noised(self, index: Tensor, x0: Tensor, y: Tensor) -> Batch:
+    def noised(self, index: Tensor, x0: Tensor, y: Any) -> Batch:
         """Draw timesteps, noise and label dropout for given samples."""
-        x0, y, index = x0.to(self.device), y.to(self.device), index.to(self.device)
+        x0, y, index = x0.to(self.device), move(y, self.device), index.to(self.device)
         t = draws.integers(self.seed, f"{self.purpose}/t", index, NUM_TIMESTEPS)
         noise = draws.normal(self.seed, f"{self.purpose}/noise", index, tuple(x0.shape[1:]))
         if self.label_dropout > 0:
             dropped = draws.uniform(self.seed, f"{self.purpose}/drop", index) < self.label_dropout
-            y = torch.where(dropped, self.family.null_condition(self.model, y), y)
+            y = choose(dropped, self.family.null_condition(self.model, y), y)
         return Batch(index=index, x0=x0, x_t=add_noise(x0, t, noise), t=t, cond=y, noise=noise)
 
 
