@@ -38,7 +38,7 @@ _AT_ROOT = {
 }
 
 
-def block_numbers(state: Mapping[str, Tensor]) -> list[int]:
+def block_numbers(state: Mapping[str, Tensor], where: str = "") -> list[int]:
     """Numbers of the blocks of a state dict in the published layout; they must be 0, 1, 2, ..."""
     numbers = sorted(
         {int(match[1]) for name in state if (match := _BLOCK.fullmatch(name)) and len(match[1]) < 5}
@@ -46,7 +46,8 @@ def block_numbers(state: Mapping[str, Tensor]) -> list[int]:
     if not numbers or numbers != list(range(len(numbers))):
         missing = next((i for i, number in enumerate(numbers) if i != number), len(numbers))
         raise CheckpointError(
-            f"not a DiT state dict: block {missing} is missing; expected 'blocks.{missing}.attn.qkv.weight' and so on"
+            f"{where}{': ' if where else ''}not a DiT state dict: block {missing} is missing; "
+            f"expected 'blocks.{missing}.attn.qkv.weight' and so on"
         )
     return numbers
 
@@ -67,19 +68,25 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, where: s
         return found
 
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    depth = len(block_numbers(state))
+    depth = len(block_numbers(state, where))
     rows = shape("y_embedder.embedding_table.weight", 2)[0]
     out = shape("final_layer.linear.weight", 2)[0]
     tokens = shape("pos_embed", 3)[1]
+    for name, position in (("pos_embed", 2), ("y_embedder.embedding_table.weight", 1)):
+        other = state[name].shape[position]
+        if other != width:
+            raise CheckpointError(
+                f"{where}: tensor 'x_embedder.proj.weight' is for width {width}, {name!r} for {other}"
+            )
     side = round(tokens**0.5)
     if side * side != tokens:
         raise CheckpointError(
-            f"{where}: {tokens} tokens are not a square grid; only square latents are supported"
+            f"{where}: 'pos_embed' has {tokens} tokens, not a square grid; only square latents are supported"
         )
     if out not in (patch**2 * channels, 2 * patch**2 * channels):
         raise CheckpointError(
-            f"{where}: the final layer gives {out} values a token, expected {patch**2 * channels} "
-            f"or {2 * patch**2 * channels} for patch {patch} and {channels} channels"
+            f"{where}: the final layer (final_layer.linear.weight) gives {out} values a token, "
+            f"expected {patch**2 * channels} or {2 * patch**2 * channels} for patch {patch} and {channels} channels"
         )
     heads = num_heads or known_heads(width)
     if heads is None:
@@ -90,7 +97,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, where: s
         (
             state[name].shape[0]
             for name in (f"blocks.{i}.mlp.fc1.weight" for i in range(depth))
-            if name in state
+            if name in state and state[name].ndim == 2
         ),
         4 * width,
     )

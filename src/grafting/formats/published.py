@@ -31,11 +31,12 @@ _IN_SEAM = re.compile(r"blocks\.\d+\.((?:attn|mlp)\..+)")
 
 @dataclass(frozen=True)
 class _Reading:
-    """How to recognise an operator: its parameter names, and its configuration from their shapes."""
+    """How to recognise an operator: its parameter names, and its configuration from the shapes of some of them."""
 
     operator: str
     names: frozenset[str]
     config: Any  # Callable[[shapes by name, width, window], dict]
+    read_from: tuple[str, ...] = ()
 
 
 def _filters(name: str) -> Any:
@@ -63,15 +64,23 @@ _READINGS = {
             "hyena_se",
             _with_bias("in_proj", "short_filter", "inner_filter", "out_proj"),
             _filters("short_filter.weight"),
+            ("short_filter.weight",),
         ),
-        _Reading("hyena_x", _with_bias("in_proj", "short_filter", "out_proj"), _filters("short_filter.weight")),
-        _Reading("hyena_y", _with_bias("in_proj", "inner_filter", "out_proj"), _filters("inner_filter.weight")),
+        _Reading(
+            "hyena_x", _with_bias("in_proj", "short_filter", "out_proj"), _filters("short_filter.weight"),
+            ("short_filter.weight",),
+        ),
+        _Reading(
+            "hyena_y", _with_bias("in_proj", "inner_filter", "out_proj"), _filters("inner_filter.weight"),
+            ("inner_filter.weight",),
+        ),
         _Reading("swa", _with_bias("Wqkv", "out_proj"), lambda s, width, window: {"window": window}),
         _Reading(
             "mamba2",
             frozenset({"dt_bias", "A_log", "D", "norm.weight", "in_proj.weight", "out_proj.weight"})
             | _with_bias("conv1d"),
             _mamba2,
+            ("norm.weight", "dt_bias", "conv1d.weight"),
         ),
     ),
     "mlp": (
@@ -79,6 +88,7 @@ _READINGS = {
             "mlp",
             _with_bias("fc1", "fc2"),
             lambda s, width, window: {"ratio": _ratio(s["fc1.weight"][0], width)},
+            ("fc1.weight",),
         ),
         _Reading(
             "mlp_hyena_x",
@@ -86,6 +96,7 @@ _READINGS = {
             lambda s, width, window: {
                 "ratio": _ratio(s["out_proj.weight"][1], width), "kernel_size": s["short_filter.weight"][-1],
             },
+            ("out_proj.weight", "short_filter.weight"),
         ),
     ),
 }  # fmt: skip
@@ -120,9 +131,13 @@ def read_state(path: str | Path) -> weights.Tensors:
 def infer_plan(
     state: Mapping[str, Tensor], config: DiTConfig, *, window: int = 4, where: str = "checkpoint"
 ) -> GraftPlan:
-    """The plan that a published grafted state dict was made with, off its keys and shapes. May be empty."""
+    """The plan that a published grafted state dict was made with, off its keys and shapes. May be empty.
+
+    Raises CheckpointError that names the block and the tensor.
+    """
     found: dict[tuple[str, str, str], list[int]] = {}
-    readings: dict[tuple[str, str, str], tuple[str, str, dict[str, Any]]] = {}
+    settings_of: dict[tuple[str, str, str], dict[str, Any]] = {}
+    expected: dict[tuple[str, str, str], dict[str, list[int]]] = {}
     for layer in block_numbers(state):
         for seam, target in _SEAMS.items():
             prefix = f"blocks.{layer}.{seam}."
@@ -134,24 +149,65 @@ def infer_plan(
             reading = next((r for r in _READINGS[target] if r.names == frozenset(shapes)), None)
             if reading is None:
                 raise CheckpointError(f"{where}: {prefix[:-1]}: {_nearest(target, shapes)}")
-            settings = reading.config(shapes, config.hidden_size, window)
-            plain = reading.operator == target and (target == "mha" or settings["ratio"] == config.mlp_ratio)
-            if plain:
-                continue
+            settings = _settings(reading, shapes, config, window, f"{where}: {prefix[:-1]}")
             key = (target, reading.operator, repr(sorted(settings.items())))
-            found.setdefault(key, []).append(layer)
-            readings[key] = (target, reading.operator, settings)
-    entries = []
-    for key, layers in found.items():
-        target, operator, settings = readings[key]
-        try:
-            settings = operators.config_of(operator, settings)
-        except GraftError as error:
-            raise CheckpointError(
-                f"{where}: blocks.{layers[0]}: shapes that fit no '{operator}': {error}"
-            ) from None
-        entries.append(Replace(target, layers, operator, settings, init="random"))
+            if key not in expected:
+                expected[key] = _shapes_of(reading, settings, config, shapes, f"{where}: {prefix[:-1]}")
+            for name, shape in expected[key].items():
+                if shapes[name] != shape:
+                    raise CheckpointError(
+                        f"{where}: tensor '{prefix}{name}' has shape {shapes[name]}, '{reading.operator}' needs "
+                        f"{shape}{_read_off(reading, shapes)}"
+                    )
+            plain = reading.operator == target and (target == "mha" or settings["ratio"] == config.mlp_ratio)
+            if not plain:
+                found.setdefault(key, []).append(layer)
+                settings_of[key] = settings
+    entries = [
+        Replace(target, layers, operator, settings_of[target, operator, text], init="random")
+        for (target, operator, text), layers in found.items()
+    ]
     return GraftPlan(entries) if entries else GraftPlan.empty()
+
+
+def _settings(
+    reading: _Reading, shapes: Mapping[str, list[int]], config: DiTConfig, window: int, where: str
+) -> dict[str, Any]:
+    """The configuration that the shapes of one seam tell."""
+    for name, shape in shapes.items():
+        ndim = 1 if name.endswith("bias") or "." not in name or name == "norm.weight" else 2
+        ndim = 3 if name.endswith(("filter.weight", "conv1d.weight")) else ndim
+        if len(shape) != ndim or 0 in shape:
+            raise CheckpointError(f"{where}.{name}: a tensor of shape {shape}, expected {ndim} dimensions")
+    try:
+        return operators.config_of(reading.operator, reading.config(shapes, config.hidden_size, window))
+    except GraftError as error:
+        raise CheckpointError(
+            f"{where}: shapes that fit no '{reading.operator}'{_read_off(reading, shapes)}: {error}"
+        ) from None
+
+
+def _shapes_of(
+    reading: _Reading, settings: Mapping[str, Any], config: DiTConfig, shapes: Mapping[str, list[int]], where: str
+) -> dict[str, list[int]]:  # fmt: skip
+    """The shapes of an operator's own tensors."""
+    try:
+        with torch.device("meta"):
+            operator = operators.build(
+                reading.operator, dim=config.hidden_size, num_heads=config.num_heads,
+                num_tokens=config.num_tokens, **settings,
+            )  # fmt: skip
+    except GraftError as error:
+        raise CheckpointError(
+            f"{where}: shapes that fit no '{reading.operator}'{_read_off(reading, shapes)}: {error}"
+        ) from None
+    return {name: list(tensor.shape) for name, tensor in operator.state_dict().items()}
+
+
+def _read_off(reading: _Reading, shapes: Mapping[str, list[int]]) -> str:
+    """What the configuration was read from: it may be that which is wrong."""
+    sources = ", ".join(f"{name} {shapes[name]}" for name in reading.read_from)
+    return f" (its configuration was read off {sources})" if sources else ""
 
 
 def _nearest(target: str, shapes: Mapping[str, list[int]]) -> str:
@@ -166,8 +222,9 @@ def _donor_ratio(state: Mapping[str, Tensor], config: DiTConfig) -> float:
     """The published DiT has MLP ratio 4; a plain model of another ratio has one ratio throughout."""
     ratios = {
         state[name].shape[0] / config.hidden_size
-        for name in (f"blocks.{i}.mlp.fc1.weight" for i in range(config.depth)) if name in state
-    }  # fmt: skip
+        for name in (f"blocks.{i}.mlp.fc1.weight" for i in range(config.depth))
+        if name in state and state[name].ndim == 2
+    }
     return ratios.pop() if len(ratios) == 1 and 4.0 not in ratios and not _grafted(state) else 4.0
 
 
@@ -202,9 +259,12 @@ def import_published(path: str | Path, *, num_heads: int | None = None, window: 
     config = infer_config(state, num_heads=num_heads, where=where)
     config = DiTConfig(**{**config.to_dict(), "mlp_ratio": _donor_ratio(state, config)})
     plan = infer_plan(state, config, window=window, where=where)
-    skeleton = DiT(config)
+    with torch.device("meta"):  # every tensor comes from the file, so nothing is drawn, hashed or copied here
+        skeleton = DiT(config)
     model: nn.Module = graft(skeleton, plan) if len(plan) else skeleton
+    model.to_empty(device="cpu")
     weights.load_strictly(model, _as_float(state), where)
+    model.eval()
     architecture = {"family": "dit", **config.to_dict()}
     set_record(model, GraftRecord(plan=plan, seed=0, source=None, architecture=architecture, base_digests={}))
     return model
