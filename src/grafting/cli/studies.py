@@ -14,19 +14,27 @@ from grafting.cli.options import Device, Resume, Seed, Set
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="demo-ablation or donor-init.")],
+    name: Annotated[str, typer.Argument(help="Name of a study; graft list names them and their rows.")],
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/study-<name>.")] = None,
     model: Annotated[str | None, typer.Option(help="Another teacher.")] = None,
+    data: Annotated[str | None, typer.Option(help="Other data: what the recipe key data takes.")] = None,
+    preset: Annotated[str | None, typer.Option(help="small (default), paper or paper-code.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Rows at a time, each in a process of its own.")] = 1,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(help="Folder of another study whose equal rows are taken over; repeatable.")
+    ] = None,
     resume: Resume = False, set: Set = None, device: Device = "cpu", seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Run a set of experiments; finished rows are never run again."""
     from grafting.studies import run_study
 
+    changes = [f"{key}={value}" for key, value in (("data", data), ("preset", preset)) if value is not None]
     folder = out or Path("runs") / f"study-{name}"
     console = new_console()
     page = run_study(
-        name, folder, console, model=model, resume=resume, seed=seed, only=only, device=device, changes=set
-    )
+        name, folder, console, model=model, resume=resume, seed=seed, only=only, device=device,
+        changes=[*changes, *(set or [])], jobs=jobs, reuse=reuse or [],
+    )  # fmt: skip
     console.close()
     print(f"study: {page}")

@@ -24,7 +24,8 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> Path:
 
     study: {"name", "title", "about", "columns": [{"key", "label"}], "rows": [{"name", "label", one value per column
     key, "std"?: {key: spread}, "samples": path of an .npz (relative to `folder`) or None, "seconds"}],
-    "findings": [sentences], "environment": {name: value}, "scatter": {"x": key, "y": key} or None,
+    "findings": [sentences], "claims"?: [{"text", "verdict", "figures", "paper"}], "tables"?: [{"title", "note",
+    "columns", "rows"}], "environment": {name: value}, "scatter": {"x": key, "y": key}, several of these, or None,
     "protocol"?: {field: value}, "command"?: how to run it again}. Values may be numbers, text or None.
     Raises RunError where `study` has no rows.
     """
@@ -36,8 +37,8 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> Path:
         )
     title = plain(study.get("title") or study.get("name") or "Study")
     page = document(
-        f"{clean(title, 80)} – graft study", CSS, _header(study, title), _table(study, rows), _scatter(study, rows),
-        _strips(folder, rows), _provenance(study),
+        f"{clean(title, 80)} – graft study", CSS, _header(study, title), _claims(study), _tables(study), _table(study, rows),
+        _scatter(study, rows), _strips(folder, rows), _provenance(study),
     )  # fmt: skip
     path = folder / "study.html"
     write_bytes(path, page.encode("utf-8"))
@@ -95,25 +96,75 @@ def _value(row: Mapping[str, Any], key: str) -> str:
     return significant(value) if spread is None else f"{significant(value)} ± {significant(spread, 2)}"
 
 
-def _scatter(study: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Html | None:
-    wanted = mapping(study.get("scatter"))
-    if not wanted:
+def _claims(study: Mapping[str, Any]) -> Html | None:
+    """Findings put to the test: what holds, what does not, what noise hides."""
+    claims = [mapping(claim) for claim in sequence(study.get("claims"))]
+    if not claims:
         return None
+    body: list[list[Child]] = [
+        [plain(claim.get(key) or MISSING) for key in ("verdict", "text", "figures", "paper")]
+        for claim in claims
+    ]
+    heads = [
+        Column("verdict", True),
+        Column("finding", True),
+        Column("distances here", True),
+        Column("paper", True),
+    ]
+    return section(
+        "claims", "The paper's findings", data_table("A group in front of < should have the lower distances.", heads, body),
+        note(
+            "A difference counts where it is larger than two standard deviations of the teacher's own distance over "
+            "noise seeds; every row is one training seed, unless its name says otherwise."
+        ),
+    )  # fmt: skip
+
+
+def _tables(study: Mapping[str, Any]) -> list[Html]:
+    """Further tables of a study, each with its own columns."""
+    found = []
+    for number, item in enumerate(sequence(study.get("tables")), 1):
+        table = mapping(item)
+        columns = _columns(table)
+        rows = [row for row in sequence(table.get("rows")) if isinstance(row, Mapping)]
+        text = {key for key, _ in columns if any(isinstance(row.get(key), str) for row in rows)}
+        heads = [Column("", True), *[Column(label, key in text) for key, label in columns]]
+        body: list[list[Child]] = [[_label(row), *[_value(row, key) for key, _ in columns]] for row in rows]
+        title = plain(table.get("title") or "Table")
+        said = table.get("note")
+        found.append(section(
+            f"table-{number}", title, data_table(title, heads, body), note(plain(said)) if said else None,
+        ))  # fmt: skip
+    return found
+
+
+def _scatter(study: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Html | None:
+    given = study.get("scatter")
+    wanted = [mapping(item) for item in (given if isinstance(given, (list, tuple)) else [given])]
+    figures = [found for item in wanted if item and (found := _one_scatter(study, rows, item)) is not None]
+    if not figures:
+        return None
+    plots = el("div", figures, class_="plots") if len(figures) > 1 else figures[0]
+    return section("tradeoff", "Quality against cost", plots)
+
+
+def _one_scatter(
+    study: Mapping[str, Any], rows: list[Mapping[str, Any]], wanted: Mapping[str, Any]
+) -> Html | None:
     x_key, y_key = plain(wanted.get("x")), plain(wanted.get("y"))
     labels = dict(_columns(study))
     points = [
-        Point(_label(row), x, y, drawable(mapping(row.get("std")).get(y_key)))
+        Point(plain(row.get("name") or _label(row)) if len(rows) > 12 else _label(row), x, y,
+              drawable(mapping(row.get("std")).get(y_key)))
         for row in rows
         if (x := drawable(row.get(x_key))) is not None and (y := drawable(row.get(y_key))) is not None
-    ]
+    ]  # fmt: skip
     if not points:
         return None
     x_label, y_label = labels.get(x_key, x_key), labels.get(y_key, y_key)
     described = "; ".join(f"{p.label}: {significant(p.x, 3)}, {significant(p.y, 3)}" for p in points)
     plot = scatter_plot(points, f"{y_label} against {x_label}. {described}", x_label=x_label, y_label=y_label)
-    return section(
-        "tradeoff", "Quality against cost", figure(plot, f"{y_label} against {x_label}, one point a row.")
-    )
+    return figure(plot, f"{y_label} against {x_label}, one point a row.")
 
 
 def _strips(folder: Path, rows: list[Mapping[str, Any]]) -> Html | None:

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from grafting.console import Console
 from grafting.errors import RunError
-from grafting.studies.ablation import STUDIES, run_rows
+from grafting.recipes.rows import Claim, Row, Study, UnavailableError
+from grafting.recipes.table import EXPERIMENTS
+from grafting.studies.ablation import DEMO_ABLATION
 from grafting.studies.donor_init import NAME as DONOR_INIT
 from grafting.studies.donor_init import run_donor_init
+from grafting.studies.runner import run_rows
 
+STUDIES: dict[str, Study] = {**EXPERIMENTS, DEMO_ABLATION.name: DEMO_ABLATION}
 NAMES = (*STUDIES, DONOR_INIT)
 
 
 def run_study(
     name: str, out: str | Path, console: Console, *, model: str | None = None, resume: bool = False, seed: int = 0,
-    only: list[str] | None = None, device: str = "cpu", changes: list[str] | None = None,
+    only: list[str] | None = None, device: str = "cpu", changes: list[str] | None = None, jobs: int = 1,
+    reuse: Sequence[Path] = (),
 ) -> Path:  # fmt: skip
     """Run what is not done yet of a study in folder `out`; returns its page. Raises RunError."""
     if name not in NAMES:
         raise RunError(f"unknown study {name!r}: expected one of {', '.join(NAMES)}")
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
         raise RunError(f"{str(folder)!r} already holds a study; go on with --resume, or give another --out")
     if name == DONOR_INIT:
         return run_donor_init(folder, console, model=model, seed=seed, device=device, changes=changes)
     return run_rows(
-        STUDIES[name], folder, console, model=model, seed=seed, only=only, device=device, changes=changes
-    )
+        STUDIES[name], folder, console, model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,
+        reuse=reuse,
+    )  # fmt: skip
 
 
-__all__ = ["NAMES", "run_study"]
+__all__ = ["NAMES", "STUDIES", "Claim", "Row", "Study", "UnavailableError", "run_rows", "run_study"]

@@ -75,6 +75,7 @@ class FinetuneConfig(Optimization):
         "diffusion": 1.0
     }
     train: Literal["all", "blocks", "operators"] = "all"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # stratified share of the data that is trained on
     ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
     ema_decay: Fraction | None = None  # a fixed decay instead, such as the paper's 0.9999
     output_snr_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0  # 1: all timesteps alike

@@ -119,6 +119,8 @@ class _Stage:
         if not self.parameters:
             raise PlanError("stage 2 has nothing to train: every operator of the plan says train: false")
         train, validation = split(data, config.num_validation, config.seed)
+        if config.fraction < 1:  # of what is not held out: the same samples are held out at every fraction
+            train = train.subset(config.fraction, config.seed)
         self.batches = Batches(
             train, family, student, seed=config.seed, purpose=STAGE,
             label_dropout=config.label_dropout, device=compute.device,

@@ -1,0 +1,91 @@
+"""What a recipe holds: a model, data, a plan, and the settings of every stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from grafting.plan import GraftPlan
+from grafting.training.config import Count, DistillConfig, FinetuneConfig, Positive, Settings
+
+
+class SampleConfig(Settings):
+    """How both models are sampled."""
+
+    num: Count = 1000
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    sampler: Literal["ddim", "ddpm", "dpm++"] = "ddim"
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.5
+    batch_size: Count = 100
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    vae: str | None = None
+
+
+class EvaluateConfig(Settings):
+    """What the samples are measured against, and in which feature space."""
+
+    reference: str = "fashion-train"
+    features: str = "auto"
+
+
+class Pretraining(Settings):
+    """What the teacher cost, so that the edit can be given as a share of it."""
+
+    image_visits: Positive
+
+
+class Recipe(Settings):
+    """One experiment: everything `graft run` needs.
+
+    `init` is the start of the replace entries that state none of their own; it is written into the plan.
+    """
+
+    name: str = "run"
+    about: str = ""
+    preset: Literal["grafting", "small", "paper", "paper-code"] = "grafting"
+    model: str
+    num_heads: Count | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    data: str
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    plan: list[dict[str, Any]]
+    init: Literal["donor", "random"] = "donor"
+    locality: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    distill: DistillConfig | None = DistillConfig()
+    finetune: FinetuneConfig | None = FinetuneConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig | None = EvaluateConfig()
+    pretraining: Pretraining | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_init(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("init", "donor") != "random":
+            return data
+        entries = data.get("plan")
+        if not isinstance(entries, list):
+            return data
+        return {**data, "plan": [_starting_at_random(entry) for entry in entries]}
+
+    @field_validator("plan")
+    @classmethod
+    def _plan_is_valid(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        GraftPlan.from_dict(value)
+        return value
+
+    @property
+    def graft_plan(self) -> GraftPlan:
+        return GraftPlan.from_dict(self.plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe in JSON types."""
+        return self.model_dump(mode="json")
+
+
+def _starting_at_random(entry: Any) -> Any:
+    body = entry.get("replace") if isinstance(entry, dict) else None
+    if not isinstance(body, dict) or "init" in body:
+        return entry
+    return {**entry, "replace": {**body, "init": "random"}}

@@ -1,0 +1,134 @@
+"""The table of a study, `study.json`: every row's result, the paper's figures beside it, and the findings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from grafting.formats import weights
+from grafting.recipes.rows import Row
+from grafting.runs import environment
+from grafting.studies.findings import noise_of, sentences, test_claims
+from grafting.studies.row_run import Setting, distance_of
+
+_COLUMNS = (
+    ("distance", "Frechet distance"), ("over_teacher", "over the teacher's"), ("paper_fid", "paper: FID"),
+    ("paper_over", "paper: over its baseline's"), ("label_accuracy", "label accuracy"), ("precision", "precision"),
+    ("recall", "recall"), ("is", "inception score"), ("flops_op_pct", "operator FLOPs, %"),
+    ("flops_ft_pct", "projections' FLOPs, %"), ("params_pct", "parameters, %"), ("model_flops", "FLOPs per image"),
+    ("model_params", "parameters"), ("share_of_pretraining", "share of pretraining FLOPs"), ("status", "status"),
+)  # fmt: skip
+_ALWAYS = ("distance", "over_teacher")
+
+
+def collect(setting: Setting) -> dict[str, Any]:
+    """Read the results of all rows, write study.json, return it."""
+    study = setting.study
+    rows = [_entry(setting, row) for row in study.rows]
+    teachers = {
+        row["seed"]: row["distance"] for row in rows if row["unedited"] and row["distance"] is not None
+    }
+    for row in rows:
+        teacher = teachers.get(row["seed"])
+        row["over_teacher"] = row["distance"] / teacher if row["distance"] is not None and teacher else None
+        fid = row["paper_fid"]
+        row["paper_over"] = (
+            fid / study.paper_baseline if isinstance(fid, float) and study.paper_baseline else fid
+        )
+    noise = noise_of(rows)
+    claims = test_claims(study, {row["name"]: row for row in rows}, noise)
+    columns = [
+        {"key": key, "label": label}
+        for key, label in _COLUMNS
+        if key in _ALWAYS or any(row.get(key) is not None for row in rows)
+    ]
+    base = next((row for row in rows if row["recipe"]), None)
+    data: dict[str, Any] = {
+        "name": study.name,
+        "title": study.title,
+        "about": study.about,
+        "columns": columns,
+        "rows": rows,
+        "noise": noise,
+        "claims": claims,
+        "findings": sentences(study, claims, noise) or _ranking(rows),
+        "recipe": base["recipe"] if base else None,
+        "protocol": _protocol(setting, base),
+        "command": _command(setting),
+        "environment": environment(),
+        "scatter": [
+            {"x": key, "y": "distance"} for key in ("model_flops", "model_params", "share_of_pretraining")
+        ],
+    }
+    for row in rows:
+        del row["recipe"]
+    if study.summarize is not None:
+        data |= study.summarize(rows)
+    weights.write_json(setting.folder / "study.json", data)
+    return data
+
+
+def _entry(setting: Setting, row: Row) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": row.name, "label": row.label, "samples": None, "distance": None, "status": None, "recipe": None,
+        "unedited": row.teacher in ("as it is", "other noise"), "seed": setting.seed + row.seed,
+        "paper_fid": row.paper.get("fid"), "paper": dict(row.paper),
+    }  # fmt: skip
+    folder, file = setting.folder, setting.result_file(row.name)
+    if not file.is_file():
+        for kind, key in (("failures", "error"), ("unavailable", "why")):
+            if (said := folder / kind / f"{row.name}.json").is_file():
+                return entry | {
+                    "status": str(weights.read_json(said, "row")[key]),
+                    "failed": kind == "failures",
+                }
+        return entry | {"status": "not run"}
+    found = weights.read_json(file, "result")
+    cost = found.get("cost", {})
+    changes = cost.get("rows", [])
+    model = cost.get("model", {})
+    entry |= {
+        **found["metrics"],
+        **{key: found.get(key) for key in ("flops", "seconds", "share_of_pretraining", "seed")},
+        "distance": distance_of(found),
+        "model_flops": model.get("flops_per_image", [None, None])[1],
+        "model_params": model.get("params", [None, None])[1],
+    }
+    if len(changes) == 1:
+        entry |= {key: changes[0][key] for key in ("flops_op_pct", "flops_ft_pct", "params_pct")}
+    if found.get("diverged"):
+        entry |= {"diverged": True, "status": f"diverged: {found['diverged']}"}
+    if found.get("samples"):
+        entry["samples"] = str(Path("rows") / row.name / found["samples"])
+    known = folder / "shared" / "rows" / f"{row.name}.json"
+    if known.is_file() and row.teacher is None:
+        entry["recipe"] = weights.read_json(known, "row")
+    return entry
+
+
+def _protocol(setting: Setting, base: dict[str, Any] | None) -> dict[str, Any]:
+    if base is None:
+        return {}
+    recipe = base["recipe"]
+    return {**recipe["sample"], "model": recipe["model"], "data": recipe["data"], "seed": setting.seed}
+
+
+def _command(setting: Setting) -> str:
+    changes = " ".join(f"--set {text}" for text in setting.overrides)
+    return " ".join(f"graft study {setting.study.name} {changes} --seed {setting.seed}".split())
+
+
+def _ranking(rows: list[dict[str, Any]]) -> list[str]:
+    """For a study that claims nothing: every row's distance over the teacher's, best first, and what noise does."""
+    unedited = [row["distance"] for row in rows if row["unedited"] and row["distance"] is not None]
+    if len(unedited) < 2:
+        return []
+    found = [
+        f"Noise alone moves the teacher's Frechet distance between {min(unedited):.2f} and {max(unedited):.2f}."
+    ]
+    ranked = sorted(
+        (r for r in rows if not r["unedited"] and r["over_teacher"] is not None), key=lambda r: r["distance"]
+    )
+    return found + [
+        f"{row['label']}: {row['over_teacher']:.2f} times the teacher's distance." for row in ranked
+    ]

@@ -1,0 +1,263 @@
+"""One row of a study: a run folder of its own, what it may take over from others, and its result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grafting.analysis.costs import plan_cost
+from grafting.console import Console
+from grafting.errors import DivergedError, RunError
+from grafting.evaluation import evaluate
+from grafting.formats import weights
+from grafting.generation import generate
+from grafting.pipeline import Pipeline
+from grafting.recipes import parse_overrides, recipe_mapping
+from grafting.recipes.rows import Row, Study, UnavailableError, row_recipe
+from grafting.recipes.settings import Recipe
+from grafting.runs import RunFolder
+from grafting.selectors import needs_locality
+from grafting.studies.control import finetune_teacher
+from grafting.studies.locks import FileLock
+from grafting.studies.shelf import Shelf
+from grafting.studies.stage_1 import shared_stage_1
+
+TRAINING = ("distill", "finetune")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a running study share. reuse: folders of studies whose rows and operators may be taken over."""
+
+    study: Study
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    reuse: tuple[Path, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, study: Study, folder: Path, *, model: str | None, seed: int, device: str, changes: Sequence[str] | None,
+        reuse: Sequence[Path] = (),
+    ) -> Setting:  # fmt: skip
+        """From what the command line gives."""
+        overrides = (*(changes or ()), *((f"model={model}",) if model else ()))
+        return cls(study, folder, overrides, seed, device, tuple(reuse), parse_overrides(overrides))
+
+    @property
+    def shelf(self) -> Shelf:
+        """The distilled operators of this study, and of those whose work may be taken over."""
+        others = tuple(folder / "shared" / "operators" for folder in self.reuse)
+        return Shelf(self.folder / "shared" / "operators", others)
+
+    def recipe(self, row: Row) -> Recipe:
+        """The recipe of a row. Raises UnavailableError, RunError."""
+        if row.best_of:
+            row = self._best(row)
+        base = recipe_mapping(self.study.recipe) if self.study.recipe else None
+        return row_recipe(self.study, row, self.given, base, self.seed)
+
+    def _best(self, row: Row) -> Row:
+        """A row that goes on from the best of others: their changes, its own name, label and seed."""
+        found = []
+        for name in row.best_of:
+            path = self.result_file(name)
+            if not path.is_file():
+                raise UnavailableError(
+                    f"row {row.name!r} goes on from the best of {', '.join(row.best_of)}; {name} is not done"
+                )
+            distance = distance_of(weights.read_json(path, "result"))
+            if distance is not None:
+                found.append((distance, name))
+        if not found:
+            raise UnavailableError(f"row {row.name!r}: none of {', '.join(row.best_of)} has a result")
+        best = self.study.row(min(found)[1])
+        return Row(row.name, row.label, {**best.changes, **row.changes}, paper=row.paper, share=best.share,
+                   times=best.times, seed=row.seed, rank=row.rank)  # fmt: skip
+
+    def row_folder(self, name: str) -> Path:
+        return self.folder / "rows" / name
+
+    def result_file(self, name: str) -> Path:
+        return self.row_folder(name) / "result.json"
+
+
+def distance_of(result: Mapping[str, Any]) -> float | None:
+    """The Frechet distance of a result: `fid` in inception's features, `fd` in any other."""
+    metrics = result.get("metrics", {})
+    value = metrics.get("fid", metrics.get("fd"))
+    return None if value is None else float(value)
+
+
+def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
+    """Do what is not done yet of a row; returns its result, in JSON types.
+
+    Raises UnavailableError (it needs what was not given), GraftError (it failed), Interrupted.
+    """
+    recipe = setting.recipe(row)
+    if any(needs_locality(entry["replace"]["layers"]) for entry in recipe.plan if "replace" in entry) and (
+        recipe.locality is None
+    ):
+        recipe = recipe.model_copy(update={"locality": _locality(setting, recipe, console)})
+    path = setting.row_folder(row.name)
+    identity = _identity(row, recipe)
+    _check_identity(path, identity, row.name)
+    if (taken := _take_over(setting, path, row.name, identity)) is not None:
+        return taken
+    if row.teacher is not None:
+        return _run_teacher(setting, row, recipe, path, console)
+    return _run_student(setting, recipe, path, console)
+
+
+def _run_student(setting: Setting, recipe: Recipe, path: Path, console: Console) -> dict[str, Any]:
+    pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
+    pipeline.check()
+    pipeline.run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
+    diverged = None
+    try:
+        shared_stage_1(pipeline, setting.shelf)
+        if recipe.evaluate is not None:
+            _link(teacher_samples(setting, pipeline), path / "samples" / "teacher.npz")
+        pipeline.all()
+    except DivergedError as error:
+        diverged = str(error)
+    stages = pipeline.run.read()["stages"]
+    trained = [stages[stage] for stage in TRAINING if stage in stages]
+    result: dict[str, Any] = {
+        "flops": sum(stage.get("flops", 0) for stage in trained),
+        "share_of_pretraining": sum(stage.get("share_of_pretraining", 0) for stage in trained),
+        "seconds": sum(stage.get("seconds", 0) for stage in trained),
+        "cost": plan_cost(pipeline.teacher, recipe.graft_plan, recipe.locality),
+        "seed": recipe.seed,
+    }
+    if diverged is not None:
+        return {"metrics": {}, "protocol": {}, "samples": None, "diverged": diverged, **result}
+    found = json.loads((path / "evaluation.json").read_text())["student"]
+    return {
+        "metrics": found["metrics"],
+        "protocol": found["protocol"],
+        "samples": "samples/student.npz",
+        **result,
+    }
+
+
+def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console: Console) -> dict[str, Any]:
+    """The teacher's own rows: as it is, under another noise seed, or finetuned like the student."""
+    result: dict[str, Any] = {"flops": 0.0, "seconds": 0.0, "share_of_pretraining": 0.0, "seed": recipe.seed}
+    file = path / "samples" / "student.npz"
+    pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
+    if recipe.evaluate is None:
+        raise RunError(f"study {setting.study.name!r} compares samples; leave evaluate as it is")
+    if row.teacher == "finetuned":
+        run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
+        model, outcome = finetune_teacher(pipeline, run)
+        result |= outcome
+        _sample(model, recipe, file, console)
+    else:
+        _link(teacher_samples(setting, pipeline), file)
+    found = evaluate(file, recipe.evaluate.reference, recipe.evaluate.features, device=setting.device)
+    return {
+        "metrics": found["metrics"],
+        "protocol": found["protocol"],
+        "samples": "samples/student.npz",
+        **result,
+    }
+
+
+def teacher_samples(setting: Setting, pipeline: Pipeline) -> Path:
+    """The samples of the unedited teacher from the noise of this recipe's seed, drawn once for all rows."""
+    shared = setting.folder / "shared"
+    file = shared / "teacher" / f"seed-{pipeline.recipe.seed}.npz"
+    with FileLock(shared / "locks" / f"{file.stem}.lock").held():
+        if not file.is_file():
+            _sample(pipeline.teacher, pipeline.recipe, file, pipeline.run.console)
+    return file
+
+
+def _sample(model: Any, recipe: Recipe, file: Path, console: Console) -> None:
+    generate(
+        model, file, seed=recipe.seed, **recipe.sample.model_dump(), describe={"model": "teacher"},
+        progress=lambda done, total: console.progress("sample teacher", done, total, "images"),
+    )  # fmt: skip
+
+
+def _locality(setting: Setting, recipe: Recipe, console: Console) -> str:
+    """The locality of every layer, measured once for the study."""
+    file = setting.folder / "shared" / "locality.json"
+    with FileLock(setting.folder / "shared" / "locks" / "locality.lock").held():
+        if not file.is_file():
+            console.say("measuring the locality of every layer")
+            weights.write_json(file, measure_locality(recipe, setting.device))
+    return str(file)
+
+
+def measure_locality(recipe: Recipe, device: str) -> dict[str, Any]:
+    """Locality of the recipe's teacher, in the form of a locality file. Raises UnavailableError."""
+    raise UnavailableError("the choice of local layers needs their locality; give --set locality=FILE")
+
+
+def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:
+    """What a row's result depends on, names apart."""
+    found = {k: v for k, v in recipe.to_dict().items() if k not in ("name", "about", "preset")}
+    if row.teacher in ("as it is", "other noise"):
+        found = {k: found[k] for k in ("model", "num_heads", "dtype", "seed", "sample", "evaluate")}
+        return {"teacher": True, **found}
+    return {"teacher": row.teacher == "finetuned", **found}
+
+
+def _check_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
+    """Record what a row is when it is begun; later, refuse to go on with other settings."""
+    file = path.parent.parent / "shared" / "rows" / f"{name}.json"
+    if not file.is_file():
+        weights.write_json(file, dict(identity))
+        return
+    known = weights.read_json(file, "row")
+    now = json.loads(json.dumps(identity))
+    differing = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
+    if differing:
+        raise RunError(
+            f"row {name!r} was begun with other settings (different: {', '.join(differing)}); "
+            "give another --out, or remove the row's folder and its file in shared/rows"
+        )
+
+
+def _take_over(setting: Setting, path: Path, name: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of the same row in a folder whose work may be taken over, with its samples."""
+    now = json.loads(json.dumps(identity))
+    for folder in setting.reuse:
+        for file in sorted((folder / "shared" / "rows").glob("*.json")):
+            row = folder / "rows" / file.stem
+            if not (row / "result.json").is_file() or weights.read_json(file, "row") != now:
+                continue
+            result = weights.read_json(row / "result.json", "result")
+            if result.get("samples"):
+                _link(row / result["samples"], path / "samples" / "student.npz")
+                result["samples"] = "samples/student.npz"
+            return {**result, "taken_from": f"{folder.name}/{file.stem}"}
+    return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """`target` is `source`: one file on disk where that can be, else a copy."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+        shutil.copy(source, partial)
+        os.replace(partial, target)
+
+
+__all__ = ["Setting", "distance_of", "run_row"]

@@ -1,0 +1,196 @@
+"""`run_rows`: all rows of a study, in one process or in several at once.
+
+A row is a run folder under `rows/`, locked while it is worked on. Finished rows are never run again; a row that fails
+is reported and the others go on; a row that diverges has that as its result.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grafting.console import Console
+from grafting.errors import GraftError, RunError
+from grafting.formats import weights
+from grafting.recipes.rows import Row, Study, UnavailableError
+from grafting.report.study import write_study
+from grafting.studies.collect import collect
+from grafting.studies.locks import FileLock
+from grafting.studies.row_run import Setting, run_row
+from grafting.training.loop import Interrupted
+
+
+def run_rows(
+    study: Study, folder: Path, console: Console, *, model: str | None = None, seed: int = 0,
+    only: list[str] | None = None, device: str = "cpu", changes: list[str] | None = None, jobs: int = 1,
+    reuse: Sequence[Path] = (),
+) -> Path:  # fmt: skip
+    """Run the rows that are not done yet and write study.json, study.html; returns the page.
+
+    only: names of rows. changes: settings for all rows. jobs: rows at a time, each in a process of its own with its
+    share of the threads. reuse: folders of other studies whose equal rows and distilled operators are taken over.
+    Raises RunError when every other row is done, if a row failed.
+    """
+    rows = [study.row(name) for name in only] if only else list(study.rows)
+    rows = sorted(rows, key=lambda row: row.rank)
+    folder = Path(folder)
+    setting = Setting.of(study, folder, model=model, seed=seed, device=device, changes=changes, reuse=reuse)
+    if not 1 <= jobs <= 256:
+        raise RunError(f"--jobs {jobs}: expected 1 to 256 rows at a time")
+    for row in rows:
+        _remove_failure(folder, row)
+    try:
+        if jobs == 1:
+            _work(setting, rows, console)
+        else:
+            _work_in_processes(setting, rows, jobs)
+    finally:
+        page = write_study(folder, collect(setting))
+    failed = [row.name for row in rows if _failure_file(folder, row).is_file()]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(rows)} rows of study {study.name!r} failed ({', '.join(failed)}); why is in "
+            f"{folder / 'failures'} and on {page}; the same command with --resume tries them again"
+        )
+    return page
+
+
+def _work(setting: Setting, rows: list[Row], console: Console) -> None:
+    """Do every row that is not done and that no other process does, again while rows become possible."""
+    waiting = list(rows)
+    while waiting:
+        later = []
+        for row in waiting:
+            if setting.result_file(row.name).is_file() or _failure_file(setting.folder, row).is_file():
+                continue
+            lock = FileLock(setting.folder / "shared" / "locks" / f"row-{row.name}.lock")
+            if not lock.acquire():
+                console.say(f"row {row.name} is being done by process {lock.owner().get('pid', '?')}")
+                continue
+            try:
+                if not setting.result_file(row.name).is_file() and not _do(setting, row, console):
+                    later.append(row)
+            finally:
+                lock.release()
+        if len(later) == len(waiting) or not later:
+            return
+        waiting = later
+
+
+def _do(setting: Setting, row: Row, console: Console) -> bool:
+    """One row; False if it can't be run yet (or at all) with what there is."""
+    console.say(f"== {row.name}: {row.label}")
+    unavailable = setting.folder / "unavailable" / f"{row.name}.json"
+    try:
+        result = run_row(setting, row, console)
+    except Interrupted:
+        raise
+    except UnavailableError as error:
+        console.say(f"row {row.name} is left out: {error}")
+        weights.write_json(unavailable, {"why": str(error)})
+        return False
+    except Exception as error:
+        if isinstance(error, GraftError):
+            said: dict[str, Any] = {"error": str(error)}
+        else:  # a defect, or the machine: the other rows need not suffer
+            said = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        console.say(f"row {row.name} failed: {said['error']}")
+        weights.write_json(_failure_file(setting.folder, row), said)
+        return True
+    weights.write_json(setting.result_file(row.name), result)
+    unavailable.unlink(missing_ok=True)
+    metrics = ", ".join(f"{name} {value:.3g}" for name, value in result["metrics"].items())
+    console.say(f"== {row.name} done: {metrics or 'diverged'}")
+    return True
+
+
+def _failure_file(folder: Path, row: Row) -> Path:
+    return folder / "failures" / f"{row.name}.json"
+
+
+def _remove_failure(folder: Path, row: Row) -> None:
+    _failure_file(folder, row).unlink(missing_ok=True)
+
+
+# ---- several processes
+
+
+def _work_in_processes(setting: Setting, rows: list[Row], jobs: int) -> None:
+    """`jobs` workers, which share out the rows by their locks. A stop is passed on to them once, then waited for."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // jobs)
+    workers = [
+        context.Process(target=_worker, args=(setting, rows, threads, number), name=f"row worker {number}")
+        for number in range(1, jobs + 1)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except BaseException:
+        _pass_on(workers)
+        raise
+    codes = [worker.exitcode or 0 for worker in workers]
+    if (stopped := next((code for code in codes if code in (130, 143)), None)) is not None:
+        raise Interrupted(stopped, 0)
+    if any(codes):
+        raise RunError(
+            f"a worker of the study ended with status {next(code for code in codes if code)}; "
+            f"its log is in {setting.folder / 'logs'}; the same command with --resume goes on"
+        )
+
+
+def _pass_on(workers: Sequence[Any]) -> None:
+    while any(worker.is_alive() for worker in workers):
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+        try:
+            for worker in workers:
+                worker.join()
+        except BaseException:  # asked a second time: they are told a second time, which ends them at once
+            continue
+
+
+def _worker(setting: Setting, rows: list[Row], threads: int, number: int) -> None:
+    """One process: its remarks go to stderr and, with its progress, to a log."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C reaches the parent, which passes it on
+    signal.signal(signal.SIGTERM, _exit)
+    torch.set_num_threads(threads)
+    log = setting.folder / "logs" / f"worker-{number}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as stream:
+        try:
+            _work(setting, rows, _WorkerConsole(stream, number))
+        except Interrupted as stop:
+            raise SystemExit(stop.code) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+def _exit(number: int, frame: Any) -> None:
+    raise SystemExit(143)
+
+
+class _WorkerConsole(Console):
+    """A console that writes to a log; headings are said on stderr too."""
+
+    def __init__(self, stream: Any, number: int) -> None:
+        super().__init__(stream)
+        self._outer = Console()
+        self._number = number
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if text.startswith(("==", "row ", "warning")):
+            self._outer.say(f"[{self._number}] {text}")
