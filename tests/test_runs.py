@@ -263,7 +263,7 @@ def test_overrides_and_presets(tmp_path: Path) -> None:
 
 
 def test_the_paper_preset_is_the_paper() -> None:
-    recipe = load_recipe("dit-xl2-hyena-x-50")
+    recipe = load_recipe("table4/mha-hyena_x-50", ["preset=paper"])
     stage_1, stage_2 = recipe.distill, recipe.finetune
     assert (stage_1.steps * stage_1.batch_size, stage_1.lr, stage_1.clip) == (8000 * 200, 1e-4, 10)
     assert (stage_2.steps, stage_2.batch_size, stage_2.lr, stage_2.warmup) == (50_000, 256, 1e-4, 1000)

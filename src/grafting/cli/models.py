@@ -14,14 +14,15 @@ from grafting.cli.options import Device, Dtype, Heads, Json, Locality, Plan, See
 
 @app.command("list")
 def list_(json_: Json = False) -> None:
-    """Operators, recipes and packaged models."""
+    """Operators, recipes, the paper's experiments (graft run STUDY/ROW) and packaged models."""
     from grafting import operators
     from grafting.loading import PACKAGED
-    from grafting.recipes import load_recipe, packaged
+    from grafting.recipes import experiments, load_recipe, packaged
 
     found = {
         "operators": {name: operators.describe(name) for name in operators.names()},
         "recipes": {name: load_recipe(name).about for name in packaged()},
+        "experiments": {name: " ".join(rows) for name, rows in experiments().items()},
         "models": list(PACKAGED),
     }
     if json_:

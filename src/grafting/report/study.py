@@ -37,8 +37,8 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> Path:
         )
     title = plain(study.get("title") or study.get("name") or "Study")
     page = document(
-        f"{clean(title, 80)} – graft study", CSS, _header(study, title), _claims(study), _tables(study), _table(study, rows),
-        _scatter(study, rows), _strips(folder, rows), _provenance(study),
+        f"{clean(title, 80)} – graft study", CSS, _header(study, title), _claims(study), _tables(study),
+        _table(study, rows), _scatter(study, rows), _strips(folder, rows), _provenance(study),
     )  # fmt: skip
     path = folder / "study.html"
     write_bytes(path, page.encode("utf-8"))
@@ -112,7 +112,8 @@ def _claims(study: Mapping[str, Any]) -> Html | None:
         Column("paper", True),
     ]
     return section(
-        "claims", "The paper's findings", data_table("A group in front of < should have the lower distances.", heads, body),
+        "claims", "The paper's findings",
+        data_table("A group in front of < should have the lower distances.", heads, body),
         note(
             "A difference counts where it is larger than two standard deviations of the teacher's own distance over "
             "noise seeds; every row is one training seed, unless its name says otherwise."
