@@ -23,7 +23,6 @@ from grafting.recipes.table import BASELINE, EXPERIMENTS, TABLE_4, plan_of, teac
 from grafting.runs import RunFolder
 from grafting.studies import run_rows, run_study
 from grafting.studies.findings import FAILS, HOLDS, OPEN, UNCLEAR, noise_of, test_claims
-from grafting.studies.locks import FileLock
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 
@@ -330,11 +329,13 @@ def test_several_processes_share_the_rows(world: Path, tmp_path: Path) -> None:
         assert sum(f"== {row.name} done" in log for log in logs) == 1
 
 
-def test_a_lock_is_held_by_the_living_only(tmp_path: Path) -> None:
-    path = tmp_path / "row.lock"
+def test_a_row_in_other_hands_is_left_to_them(world: Path, tmp_path: Path) -> None:
+    rows = teacher_rows()[:2]
+    held = tmp_path / "rows" / rows[0].name
+    held.mkdir(parents=True)
     script = (
-        "import sys, pathlib; from grafting.studies.locks import FileLock; "
-        f"print(FileLock(pathlib.Path({str(path)!r})).acquire(), flush=True); sys.stdin.readline()"
+        "import sys; from grafting.runs import FolderLock; "
+        f"lock = FolderLock({str(held)!r}); lock.acquire(); print('held', flush=True); sys.stdin.readline()"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -342,16 +343,14 @@ def test_a_lock_is_held_by_the_living_only(tmp_path: Path) -> None:
     assert other.stdin is not None
     assert other.stdout is not None
     with other, other.stdin, other.stdout:
-        assert other.stdout.readline() == "True\n"
-        mine = FileLock(path)
-        assert not mine.acquire()
-        assert mine.owner()["pid"] == other.pid
+        assert other.stdout.readline() == "held\n"
+        run_rows(tiny_study(*rows), tmp_path, QUIET, changes=settings_of(world))
+        assert not (held / "result.json").exists()
+        assert (tmp_path / "rows" / rows[1].name / "result.json").is_file()
         other.kill()
         other.wait()
-    assert mine.acquire()
-    assert not FileLock(path).acquire()
-    mine.release()
-    assert FileLock(path).acquire()
+    run_rows(tiny_study(*rows), tmp_path, QUIET, changes=settings_of(world))  # a dead process holds nothing
+    assert (held / "result.json").is_file()
 
 
 # ---- findings

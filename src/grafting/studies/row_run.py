@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from grafting.pipeline import Pipeline
 from grafting.recipes import parse_overrides, recipe_mapping
 from grafting.recipes.rows import Row, Study, UnavailableError, row_recipe
 from grafting.recipes.settings import Recipe
-from grafting.runs import RunFolder
+from grafting.runs import FolderLock, RunFolder
 from grafting.selectors import needs_locality
 from grafting.studies.control import finetune_teacher
-from grafting.studies.locks import FileLock
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 
@@ -123,10 +123,11 @@ def _run_student(setting: Setting, recipe: Recipe, path: Path, console: Console)
     pipeline.run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
     diverged = None
     try:
-        shared_stage_1(pipeline, setting.shelf)
-        if recipe.evaluate is not None:
-            _link(teacher_samples(setting, pipeline), path / "samples" / "teacher.npz")
-        pipeline.all()
+        with pipeline.run.writing():
+            shared_stage_1(pipeline, setting.shelf)
+            if recipe.evaluate is not None:
+                _link(teacher_samples(setting, pipeline), path / "samples" / "teacher.npz")
+            pipeline.all()
     except DivergedError as error:
         diverged = str(error)
     stages = pipeline.run.read()["stages"]
@@ -174,9 +175,8 @@ def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console
 
 def teacher_samples(setting: Setting, pipeline: Pipeline) -> Path:
     """The samples of the unedited teacher from the noise of this recipe's seed, drawn once for all rows."""
-    shared = setting.folder / "shared"
-    file = shared / "teacher" / f"seed-{pipeline.recipe.seed}.npz"
-    with FileLock(shared / "locks" / f"{file.stem}.lock").held():
+    file = setting.folder / "shared" / "teacher" / f"seed-{pipeline.recipe.seed}" / "samples.npz"
+    with _alone_in(file.parent):
         if not file.is_file():
             _sample(pipeline.teacher, pipeline.recipe, file, pipeline.run.console)
     return file
@@ -191,17 +191,36 @@ def _sample(model: Any, recipe: Recipe, file: Path, console: Console) -> None:
 
 def _locality(setting: Setting, recipe: Recipe, console: Console) -> str:
     """The locality of every layer, measured once for the study."""
-    file = setting.folder / "shared" / "locality.json"
-    with FileLock(setting.folder / "shared" / "locks" / "locality.lock").held():
+    file = setting.folder / "shared" / "locality" / "locality.json"
+    with _alone_in(file.parent):
         if not file.is_file():
+            from grafting.analysis.locality import measure_locality
+
             console.say("measuring the locality of every layer")
-            weights.write_json(file, measure_locality(recipe, setting.device))
+            teacher = Pipeline(recipe, RunFolder(file.parent, console), setting.device).teacher
+            found = measure_locality(
+                teacher, seed=recipe.seed,
+                progress=lambda done, total: console.progress("locality", done, total, "passes"),
+            )  # fmt: skip
+            weights.write_json(file, found)
     return str(file)
 
 
-def measure_locality(recipe: Recipe, device: str) -> dict[str, Any]:
-    """Locality of the recipe's teacher, in the form of a locality file. Raises UnavailableError."""
-    raise UnavailableError("the choice of local layers needs their locality; give --set locality=FILE")
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While inside, no other process works in `folder`: waited for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder)
+    while True:
+        try:
+            lock.acquire()
+            break
+        except RunError:
+            time.sleep(0.5)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from grafting.errors import GraftError, RunError
 from grafting.formats import weights
 from grafting.recipes.rows import Row, Study, UnavailableError
 from grafting.report.study import write_study
+from grafting.runs import FolderLock
 from grafting.studies.collect import collect
-from grafting.studies.locks import FileLock
 from grafting.studies.row_run import Setting, run_row
 from grafting.training.loop import Interrupted
 
@@ -69,9 +69,13 @@ def _work(setting: Setting, rows: list[Row], console: Console) -> None:
         for row in waiting:
             if setting.result_file(row.name).is_file() or _failure_file(setting.folder, row).is_file():
                 continue
-            lock = FileLock(setting.folder / "shared" / "locks" / f"row-{row.name}.lock")
-            if not lock.acquire():
-                console.say(f"row {row.name} is being done by process {lock.owner().get('pid', '?')}")
+            folder = setting.row_folder(row.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(folder)
+            try:
+                lock.acquire()
+            except RunError as error:  # another process is at it
+                console.say(f"row {row.name} is left to the other process: {error}")
                 continue
             try:
                 if not setting.result_file(row.name).is_file() and not _do(setting, row, console):

@@ -43,6 +43,15 @@ def shared_stage_1(pipeline: Pipeline, shelf: Shelf) -> None:
     if keys is None:
         pipeline.distill()
         return
+    with run.writing(STAGE):
+        _fill(pipeline, config, edits, keys, shelf)
+
+
+def _fill(
+    pipeline: Pipeline, config: DistillConfig, edits: tuple[Edit, ...], keys: Mapping[str, str], shelf: Shelf
+) -> None:
+    """Distill what is not on the shelf, put together the student, finish the stage."""
+    run = pipeline.run
     run.bind("data", pipeline.data.name, pipeline.data.content_hash)
     todo = _todo(pipeline, keys, shelf)
     if todo:
