@@ -22,6 +22,7 @@ from grafting.evaluation.features import load_features
 from grafting.evaluation.measure import NUM_NEIGHBOURS
 from grafting.evaluation.reference import FASHION_TRAIN
 from grafting.families import family_of
+from grafting.families.codec import check_latents
 from grafting.formats import weights
 from grafting.formats.graft_folder import save_graft
 from grafting.generation import generate
@@ -85,6 +86,7 @@ class Pipeline:
                 self.data, family_of(self.teacher), self.teacher, seed=0, purpose="check",
                 label_dropout=0.0, device=torch.device(self.device),
             )  # fmt: skip
+            check_latents(self.data, self.recipe.sample.vae)
         self._check_evaluation()
 
     def _check_evaluation(self) -> None:

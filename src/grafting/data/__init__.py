@@ -1,8 +1,24 @@
-"""Data: labelled images and latents, read safely from files, drawn reproducibly."""
+"""Data: labelled images and latents, read safely from files, drawn reproducibly; images encoded to latents."""
 
 from __future__ import annotations
 
 from grafting.data.dataset import DataSource, ImageLabelDataset
+from grafting.data.encoder import EncodeConfig
+from grafting.data.encoding import encode_images, preview_encoding
+from grafting.data.images import ImageSource, open_images
+from grafting.data.latents import LatentDataset
+from grafting.data.manifest import Manifest
 from grafting.data.sources import load_dataset
 
-__all__ = ["DataSource", "ImageLabelDataset", "load_dataset"]
+__all__ = [
+    "DataSource",
+    "EncodeConfig",
+    "ImageLabelDataset",
+    "ImageSource",
+    "LatentDataset",
+    "Manifest",
+    "encode_images",
+    "load_dataset",
+    "open_images",
+    "preview_encoding",
+]

@@ -1,4 +1,4 @@
-"""What `load_dataset` can read: packaged names, `.npz`, IDX folders and safetensors of latents."""
+"""What `load_dataset` can read: packaged names, `.npz`, IDX folders, folders and files of latents."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from grafting.data.dataset import ImageLabelDataset
 from grafting.data.fashion import NUM_CLASSES, SPLITS, has_idx_files, load_full, packaged_subset, pad_to_32
+from grafting.data.latents import LatentDataset, is_latents
 from grafting.data.npz import NpzReader
 from grafting.errors import DataError
 
@@ -16,12 +17,13 @@ PACKAGED = ("fashion-10",)
 _FASHION = "fashion:"
 
 
-def load_dataset(source: str | Path) -> ImageLabelDataset:
+def load_dataset(source: str | Path) -> ImageLabelDataset | LatentDataset:
     """Load labelled images or latents from a packaged name or a file.
 
     `source` is one of
     - `fashion-10`: the shipped stratified 10 % of Fashion-MNIST's training set, [6000, 1, 32, 32];
     - a folder with Fashion-MNIST's IDX files, or `fashion:FOLDER` (`fashion:FOLDER:test` for its test split);
+    - a folder of latents that `graft encode` wrote, memory-mapped;
     - a `.npz` file: `arr_0` uint8 [N, H, W, C] or float [N, C, H, W], `arr_1` integer labels [N];
     - a `.safetensors` file of latents: `x` float [N, C, H, W], taken as it is, `y` integer labels [N];
       `name` and `num_classes` in its metadata are used.
@@ -39,10 +41,17 @@ def load_dataset(source: str | Path) -> ImageLabelDataset:
         return _fashion(*load_full(folder, split), f"fashion-{split}")
     path = Path(source)
     if path.is_dir():
+        if is_latents(path):
+            return LatentDataset.open(path)
+        if (path / "parts" / "job.json").is_file():
+            raise DataError(
+                f"the latents in {path} are not finished; give the same graft encode command again"
+            )
         if has_idx_files(path):
             return _fashion(*load_full(path, "train"), "fashion-train")
         raise DataError(
-            f"folder {path} has no train-images-idx3-ubyte(.gz); give its .npz or .safetensors file"
+            f"folder {path} has no latents.json and no train-images-idx3-ubyte(.gz); make latents of a folder of "
+            "images with graft encode, or give a .npz or .safetensors file"
         )
     if not path.is_file():
         raise DataError(

@@ -1,19 +1,68 @@
-"""From what a model denoises to images: the identity for pixel models, a VAE for latent ones."""
+"""Between images and what a model denoises: the identity for pixel models, a VAE for latent ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grafting.errors import GraftError
+from grafting.errors import DataError, GraftError
 from grafting.evaluation.samples import to_uint8
 from grafting.families.base import family_of
+from grafting.formats.weights import combined_digest, digests
 
 SD_VAE, SD_SCALING = "stabilityai/sd-vae-ft-ema", 0.18215
+SD_VAES = (SD_VAE, "stabilityai/sd-vae-ft-mse")  # one encoder, two decoders
 Decoder = Callable[[Tensor], np.ndarray]
+_ENCODER = ("encoder.", "quant_conv.")
+
+
+def load_vae(source: str | None = None, device: torch.device | str = "cpu") -> Any:
+    """diffusers' AutoencoderKL in float32 from a folder or hub id (default: sd-vae-ft-ema).
+
+    A folder of a whole pipeline gives its `vae`. Raises `GraftError`.
+    """
+    from diffusers import AutoencoderKL
+
+    name = source or SD_VAE
+    inner = (Path(name) / "vae" / "config.json").is_file()
+    try:
+        loaded = AutoencoderKL.from_pretrained(name, **({"subfolder": "vae"} if inner else {}))
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise GraftError(
+            f"can't load the VAE {name!r}: {reason[:160]}; give a folder or hub id with --vae"
+        ) from None
+    return move_vae(loaded, device).eval().requires_grad_(False)
+
+
+def move_vae(vae: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """The VAE on a device and in a type (diffusers' own `to` has remarks about types on every call)."""
+    return nn.Module.to(vae, device=torch.device(device), dtype=dtype)
+
+
+def scaling_of(vae: Any) -> tuple[float, float]:
+    """(scaling, shift) of a VAE: latents are (z - shift) * scaling. From its configuration, else 0.18215 and 0."""
+    return float(vae.config.scaling_factor or SD_SCALING), float(
+        getattr(vae.config, "shift_factor", None) or 0.0
+    )
+
+
+def vae_hashes(vae: nn.Module) -> tuple[str, str]:
+    """SHA-256 over all weights of a VAE, and over those of its encoder alone."""
+    by_name = digests(vae)
+    encoder = {name: digest for name, digest in by_name.items() if name.startswith(_ENCODER)}
+    return combined_digest(by_name), combined_digest(encoder)
+
+
+def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float32 [B, C, h, w], of the VAE's posterior for pixels [B, 3, H, W] in [-1, 1]."""
+    found = vae.encode(pixels.to(vae.dtype)).latent_dist
+    return found.mean.float(), torch.exp(0.5 * found.logvar.float())
 
 
 def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -29,20 +78,34 @@ def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str
         raise GraftError(
             f"no codec for samples of {channels} channels; sample from Python and decode them yourself"
         )
-    from diffusers import AutoencoderKL
-
-    try:
-        autoencoder = AutoencoderKL.from_pretrained(vae or SD_VAE).to(device).eval()
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise GraftError(
-            f"can't load the VAE {vae or SD_VAE!r}: {reason[:160]}; give a folder or hub id with --vae"
-        ) from None
-    scaling = float(autoencoder.config.scaling_factor or SD_SCALING)
+    autoencoder = load_vae(vae, device)
+    scaling, shift = scaling_of(autoencoder)
 
     @torch.no_grad()
     def decode(latents: Tensor) -> np.ndarray:
-        parts = [autoencoder.decode((part / scaling).to(device)).sample for part in latents.split(8)]
+        parts = [autoencoder.decode((part / scaling + shift).to(device)).sample for part in latents.split(8)]
         return to_uint8(torch.cat(parts))
 
     return decode
+
+
+def check_latents(data: Any, vae: str | None) -> None:
+    """Refuse latents that were made by another encoder than that of `vae` (default: sd-vae-ft-ema).
+
+    Data that does not say which VAE made it passes. VAEs of one encoder and another decoder (sd-vae-ft-ema and
+    -mse) are alike here. Raises `DataError` with both names; `GraftError` where `vae` is needed and can't be loaded.
+    """
+    made = getattr(getattr(data, "manifest", None), "vae", None)
+    name = vae or SD_VAE
+    if made is None or made.source == name or (made.source in SD_VAES and name in SD_VAES):
+        return
+    wanted = load_vae(name)
+    if (made.scaling_factor, made.shift_factor) == scaling_of(wanted) and (
+        made.encoder_sha256 == vae_hashes(wanted)[1]
+    ):
+        return
+    raise DataError(
+        f"data {data.name!r} was encoded with the VAE {made.source!r} (scaling {made.scaling_factor:g}), but samples "
+        f"of this model are decoded with {name!r}; encode the images again with --vae {name}, or, if the model was "
+        f"trained on latents of {made.source!r}, say sample.vae={made.source}"
+    )

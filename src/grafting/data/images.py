@@ -1,0 +1,198 @@
+"""Where the images come from: folders here, tar shards, Parquet and hub datasets in modules of their own.
+
+A source is a fixed sequence of images, each with a name, a label and its encoded bytes. Index i of a source is the
+same image as long as its fingerprint is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from grafting.data.pixels import EXTENSIONS, MAX_FILE_BYTES, Skipped
+from grafting.errors import DataError
+
+HUB = "hub:"
+
+
+class ImageSource(Protocol):
+    """Images by index, in an order that does not change."""
+
+    kind: str  # "folder", "webdataset", "parquet" or "hub"
+    name: str
+    labels: np.ndarray  # int64 [N]; -1 where an image has none
+    class_names: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    def path(self, index: int) -> str:
+        """What the log calls an image."""
+        ...
+
+    def read(self, index: int) -> bytes | Skipped:
+        """The bytes of the image file. Raises DataError where the storage itself fails."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, sizes and labels, in order."""
+        ...
+
+
+def fingerprint(lines: Iterable[str]) -> str:
+    """SHA-256 (hex) of lines of text."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+class ImageFolder:
+    """A folder with one sub-folder per class (ImageNet's layout), or a flat folder of images without labels.
+
+    Classes are the sub-folders in sorted order; the images of a class may lie in folders below it. Files are sorted by
+    their path. Raises `DataError` for a folder without images, images beside class folders, and symbolic links that
+    lead out of the folder, unless `follow_links`.
+    """
+
+    kind = "folder"
+
+    def __init__(self, root: str | Path, *, follow_links: bool = False) -> None:
+        self.root = Path(root)
+        self.name = self.root.resolve().name
+        self._follow = follow_links
+        self._real = os.path.realpath(self.root)
+        loose, folders = self._listing(self.root)
+        found: list[tuple[str, int, int]] = []
+        classes = [(name, files) for name in sorted(folders) if (files := self._walk(self.root / name, name))]
+        if classes and loose:
+            raise DataError(
+                f"folder {str(self.root)!r} has {len(loose)} images (first {loose[0][0]!r}) beside {len(classes)} "
+                "folders of classes; move them into a class folder"
+            )
+        for number, (_, files) in enumerate(classes):
+            found += [(path, size, number) for path, size in files]
+        if not classes:
+            found = [(path, size, -1) for path, size in loose]
+        if not found:
+            raise DataError(
+                f"folder {str(self.root)!r} has no images: expected a sub-folder per class with files that end in "
+                f"{', '.join(EXTENSIONS)}, or such files"
+            )
+        self.class_names = tuple(name for name, _ in classes) or None
+        self._paths = [path for path, _, _ in found]
+        self._sizes = np.array([size for _, size, _ in found], dtype=np.int64)
+        self.labels = np.array([label for _, _, label in found], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        return self._paths[index]
+
+    def read(self, index: int) -> bytes | Skipped:
+        path = self.root / self._paths[index]
+        try:
+            with path.open("rb") as file:
+                return file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise DataError(
+                f"can't read {str(path)!r}: {error.strerror}; make it readable (or move it away and begin anew) and "
+                "start again, what is encoded is kept"
+            ) from None
+
+    @property
+    def fingerprint(self) -> str:
+        rows = zip(self._paths, self._sizes.tolist(), self.labels.tolist(), strict=True)
+        return fingerprint(f"{path}\t{size}\t{label}" for path, size, label in rows)
+
+    def _walk(self, folder: Path, prefix: str) -> list[tuple[str, int]]:
+        """Images below a class folder, sorted by path: (path from the root, bytes)."""
+        files, folders = self._listing(folder)
+        found = [(f"{prefix}/{name}", size) for name, size in files]
+        for name in folders:
+            found += self._walk(folder / name, f"{prefix}/{name}")
+        return sorted(found)
+
+    def _listing(self, folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
+        """Images (name, bytes) and sub-folders right below a folder; hidden ones are left out."""
+        files, folders = [], []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_symlink():
+                        self._check_link(entry)
+                    if entry.is_dir():
+                        folders.append(entry.name)
+                    elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                        files.append((entry.name, entry.stat().st_size))
+        except OSError as error:
+            raise DataError(
+                f"can't list the folder {str(folder)!r}: {error.strerror}; check the path"
+            ) from None
+        return sorted(files), sorted(folders)
+
+    def _check_link(self, entry: os.DirEntry[str]) -> None:
+        target = os.path.realpath(entry.path)
+        inside = target.startswith(self._real + os.sep)
+        is_above = (os.path.realpath(os.path.dirname(entry.path)) + os.sep).startswith(target + os.sep)
+        if is_above:
+            raise DataError(
+                f"{entry.path!r} is a symbolic link to a folder that it lies in ({target!r}); remove it"
+            )
+        if not inside and not self._follow:
+            raise DataError(
+                f"{entry.path!r} is a symbolic link out of the folder, to {target!r}; give --follow-links if you trust "
+                "what it points to, or remove it"
+            )
+
+
+def open_images(
+    source: str | Path,
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    follow_links: bool = False,
+) -> ImageSource:
+    """Open a source of labelled images by what it is.
+
+    - a folder of class folders, or of images;
+    - webdataset shards: a `.tar`, a pattern (`data/{0000..0099}.tar`, `data/*.tar`), or a folder of `.tar` files;
+    - a `.parquet` file, a pattern, or a folder of them (needs pyarrow);
+    - `hub:OWNER/NAME`: a dataset of the hub (needs datasets), its `split`.
+    `image_column` and `label_column` are for the last two. Raises `DataError`.
+    """
+    from grafting.data.tables import HubImages, ParquetImages
+    from grafting.data.tars import TarImages, expand
+
+    text = str(source)
+    if text.startswith(HUB):
+        return HubImages(text.removeprefix(HUB), split, image_column, label_column)
+    path = Path(text)
+    if path.is_dir():
+        for ending in (".tar", ".parquet"):
+            held = sorted(p for p in path.iterdir() if p.name.endswith(ending))
+            if held and ending == ".tar":
+                return TarImages(held, path.resolve().name)
+            if held:
+                return ParquetImages(held, path.resolve().name, image_column, label_column)
+        return ImageFolder(path, follow_links=follow_links)
+    files = expand(text)
+    kinds = {file.suffix for file in files}
+    name = Path(text).stem
+    if kinds == {".tar"}:
+        return TarImages(files, name)
+    if kinds == {".parquet"}:
+        return ParquetImages(files, name, image_column, label_column)
+    raise DataError(
+        f"can't tell what images {text!r} holds: expected a folder, .tar or .parquet files (patterns such as "
+        "data/{0000..0099}.tar are fine), or hub:OWNER/NAME; unpack .tar.gz to .tar first"
+    )
