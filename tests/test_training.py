@@ -365,7 +365,10 @@ def test_objectives_in_closed_form(teacher: nn.Module, data: ImageLabelDataset) 
             "output": (weight * (a - b)[:, : batch.x0.shape[1]].square().mean((1, 2, 3))).mean()
             + 0.5 * F.mse_loss(a[:, batch.x0.shape[1] :], b[:, batch.x0.shape[1] :]),
             "diffusion": diffusion.loss_from_output(a, batch.x0, batch.t, batch.noise)["loss"].mean(),
-            "features": sum((mine[i] - theirs[i]).square().sum() / theirs[i].square().sum() for i in (0, 3))
+            "features": sum(
+                ((mine[i] - theirs[i]).square().sum((1, 2)) / theirs[i].square().sum((1, 2))).mean()
+                for i in (0, 3)
+            )
             / 2,
         }
     for name, value in wanted.items():

@@ -37,3 +37,9 @@ class DivergedError(GraftError):
     """A loss or gradient that is no longer finite: the run stopped, its last good checkpoint is kept."""
 
     exit_code = 3
+
+
+class PeerError(GraftError):
+    """Another process of the same run failed, was killed, or can't be reached any more."""
+
+    exit_code = 137

@@ -1,18 +1,20 @@
 """Samples of a model as a `.npz` with its protocol, and a PNG grid.
 
-Noise and label of image i are functions of (seed, i): another batch size changes an image by rounding only.
+Noise and label of image i are functions of (seed, i): another batch size changes an image by rounding only, another
+number of processes not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grafting import draws
 from grafting.diffusion import sample
@@ -20,7 +22,7 @@ from grafting.errors import GraftError
 from grafting.evaluation import SampleWriter
 from grafting.families import family_of
 from grafting.families.codec import decoder
-from grafting.training.compute import make_compute
+from grafting.training.compute import Compute, make_compute
 
 Progress = Callable[[int, int], None]
 
@@ -42,7 +44,8 @@ def generate(
 ) -> Path:
     """Draw `num` images of a class-conditional model and write them to `path` (.npz), with `<path>.png` beside it.
 
-    The label of image i is i modulo the number of classes. `describe` is added to the protocol (model, plan).
+    The label of image i is i modulo the number of classes. Of several processes each draws some of the batches and the
+    first writes. `describe` is added to the protocol (model, plan).
     Raises GraftError.
     """
     path = Path(path)
@@ -56,8 +59,9 @@ def generate(
     classes = family.num_classes(model)
     if classes is None:
         raise GraftError("this model is not class-conditional: sample it through its pipeline")
-    device = next(model.parameters()).device
-    compute = make_compute(device, precision)
+    compute = make_compute(next(model.parameters()).device, precision)
+    device = compute.device
+    model.to(device)
     decode = decoder(model, vae, device)
     shape = family.sample_shape(model)
     labels = np.arange(num) % classes
@@ -66,42 +70,57 @@ def generate(
         "labels": f"i mod {classes}", "precision": compute.precision, **(describe or {}),
     }  # fmt: skip
     model.eval()
-    writer: SampleWriter | None = None
-    first: list[np.ndarray] = []
+    batches = torch.arange(num).split(batch_size)
+
+    def draw(index: Tensor) -> np.ndarray:
+        index = index.to(device)
+        noise = draws.normal(seed, "sample/start", index, shape)
+        with compute.autocast():
+            x0 = sample(
+                model, noise, (index % classes), steps=steps, sampler=sampler, guidance=guidance,
+                step_noise=lambda step: draws.normal(seed, f"sample/step{step}", index, shape),
+            )  # fmt: skip
+        return decode(x0)
+
+    images = _in_order(batches, draw, compute)
+    if not compute.is_main:
+        for _ in images:
+            pass
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GraftError(f"can't write {str(path)!r}: {error.strerror}; give another place") from None
-    try:
-        for index in torch.arange(num).split(batch_size):
-            index = index.to(device)
-            noise = draws.normal(seed, "sample/start", index, shape)
-            with compute.autocast():
-                x0 = sample(
-                    model, noise, (index % classes), steps=steps, sampler=sampler, guidance=guidance,
-                    step_noise=lambda step, i=index: draws.normal(seed, f"sample/step{step}", i, shape),  # type: ignore[misc]
-                )  # fmt: skip
-            images = decode(x0)
+    sheet: list[np.ndarray] = []
+    with contextlib.ExitStack() as stack:
+        writer: SampleWriter | None = None
+        for number, drawn in enumerate(images):
             if writer is None:
-                writer = SampleWriter(path, num, images.shape[1:], labels, protocol)
-                writer.__enter__()
-            writer.append(images)
-            if len(first) * batch_size < 100:
-                first.append(images)
+                writer = stack.enter_context(SampleWriter(path, num, drawn.shape[1:], labels, protocol))
+            writer.append(drawn)
+            if number * batch_size < 100:
+                sheet.append(drawn)
             if progress:
-                progress(int(index[-1]) + 1, num)
-    except BaseException as error:
-        if writer is not None:
-            writer.__exit__(type(error), error, error.__traceback__)
-        raise
-    assert writer is not None  # num >= 1
-    writer.__exit__(None, None, None)
+                progress(min(num, (number + 1) * batch_size), num)
     save_grid(
-        np.concatenate(first)[: min(num, 10 * classes, 100)],
+        np.concatenate(sheet)[: min(num, 10 * classes, 100)],
         path.with_suffix(".png"),
         columns=min(10, classes),
     )
     return path
+
+
+def _in_order(
+    batches: Sequence[Tensor], draw: Callable[[Tensor], np.ndarray], compute: Compute
+) -> Iterator[np.ndarray]:
+    """The images of all batches in order, on the first process; the others draw their share and yield nothing.
+
+    A batch is drawn whole by one process, so that its images are those that a single process would draw.
+    """
+    for start in range(0, len(batches), compute.world):
+        mine = batches[start + compute.rank : start + compute.rank + 1]
+        drawn = compute.collect(draw(mine[0]) if mine else None)
+        yield from (images for images in drawn if images is not None)
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int = 10) -> None:

@@ -151,10 +151,11 @@ class Pipeline:
                 result = work(student).to_dict()
             result |= self.share_of_pretraining(result["flops"])
             self.run.save_student(student)
-            if stage == "distill" and self.keep_stage_1:
+            if stage == "distill" and self.keep_stage_1 and self.run.writer:
                 save_graft(student, self.run.path / "stage-1")
             self.run.finish(stage, result)
-        if (code := self.run.stop_requested()) is not None:  # it came after the last step
+        code = self.compute.agree_to_stop(self.run.stop_requested())
+        if code is not None:  # it came after the last step
             raise Interrupted(code, result["steps"])
         return result
 
@@ -178,7 +179,8 @@ class Pipeline:
             models = {"teacher": self.teacher, "student": self.student()}
             for number, (who, model) in enumerate(models.items()):
                 started = time.perf_counter()
-                if who == "teacher" and (self.run.path / "samples" / "teacher.npz").is_file():
+                drawn = (self.run.path / "samples" / f"{who}.npz").is_file()
+                if who == "teacher" and self.compute.from_main(drawn):
                     continue  # drawn by an earlier attempt or row: files appear whole or not at all
                 generate(
                     model, self.run.path / "samples" / f"{who}.npz", seed=self.recipe.seed, **config.model_dump(),
@@ -221,7 +223,7 @@ class Pipeline:
     def all(self) -> Path:
         """Every stage of the recipe that is not done yet, then the report.
 
-        Of several processes all train; the first alone writes, samples and evaluates.
+        Of several processes all train and sample; the first alone writes and evaluates.
         """
         self.check()
         wanted = {
@@ -230,12 +232,13 @@ class Pipeline:
         }  # fmt: skip
         with self.run.writing():
             for stage in STAGES:
-                if not self.compute.is_main and stage == "sample":
+                if not self.compute.is_main and stage == "evaluate":
                     break
-                if wanted[stage] and self.run.result(stage) is None:
+                todo = wanted[stage] and self.run.result(stage) is None
+                if todo if stage == "evaluate" else self.compute.from_main(todo):
                     self.run.console.say(f"[{stage}]")
                     getattr(self, stage)()
-                if stage in ("graft", "distill", "finetune"):
+                if stage != "evaluate":
                     self.compute.wait()
             return self.report() if self.compute.is_main else self.run.path
 
@@ -243,7 +246,10 @@ class Pipeline:
 def open_pipeline(path: str | Path, console: Console, device: str = "cpu") -> Pipeline:
     """The pipeline of an existing run folder."""
     run = RunFolder.open(path, console)
-    return Pipeline(settings(Recipe, run.recipe(), f"{run.path / 'recipe.yaml'}"), run, device)
+    pipeline = Pipeline(settings(Recipe, run.recipe(), f"{run.path / 'recipe.yaml'}"), run, device)
+    if not pipeline.compute.is_main:
+        pipeline.run = RunFolder(path, writer=False)
+    return pipeline
 
 
 def _seeded(config: Any, seed: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from grafting.training.compute import Compute
 
-def new_console() -> Any:
+
+def new_console(quiet: bool = False) -> Any:
     from grafting.console import Console
 
-    return Console()
+    return Console(quiet=quiet)
+
+
+def spread(processes: int, device: str) -> Compute:
+    """Start this command in several processes and end with their status; or be one of several that meets the others."""
+    from grafting.launch import launch, wanted
+    from grafting.loading import as_device
+    from grafting.training.compute import make_compute
+
+    if wanted(processes):
+        raise SystemExit(launch(sys.argv[1:], processes))
+    return make_compute(as_device(device), "fp32")
 
 
 def parse_dtype(name: str | None) -> Any:

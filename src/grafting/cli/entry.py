@@ -9,11 +9,13 @@ from types import FrameType
 import typer
 
 from grafting.cli.app import app
+from grafting.processes import settle
 
 
 def main() -> None:
     """Entry point: one line on stderr for what a user can mend, exit statuses as documented."""
-    from grafting.errors import GraftError
+    from grafting.errors import GraftError, PeerError
+    from grafting.processes import is_lost, leave
     from grafting.training.loop import Interrupted
 
     previous = signal.signal(signal.SIGTERM, _terminate)
@@ -22,28 +24,33 @@ def main() -> None:
         if code == 130:  # typer's own answer to Ctrl-C
             raise KeyboardInterrupt
     except GraftError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        raise _end(str(error), error.exit_code, lost=isinstance(error, PeerError)) from None
     except Interrupted as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        raise SystemExit(stop.code) from None
+        raise _end(str(stop), stop.code) from None
     except _Terminated:
-        print("error: terminated", file=sys.stderr)
-        raise SystemExit(143) from None
+        raise _end("terminated", 143) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("error: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise _end("interrupted", 130) from None
     except Exception as error:
+        if is_lost(error):
+            raise _end("another process of this run has ended", PeerError.exit_code, lost=True) from None
         if type(error).__module__.split(".")[0] not in ("click", "typer"):  # newer typers carry click inside
+            settle(1, f"{type(error).__name__}: {error}")
             raise
         describe = getattr(error, "format_message", None)
-        message = str(describe() if describe else error)
-        if message:
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise _end(str(describe() if describe else error), 2) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
+    leave()
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _end(message: str, code: int, *, lost: bool = False) -> SystemExit:
+    """The exit of this process; of several, the first to fail prints the line."""
+    code, speaks = settle(code, message, lost=lost)
+    if message and speaks:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return SystemExit(code)
 
 
 class _Terminated(BaseException):

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, open_model, show
-from grafting.cli.options import Device, Dtype, Heads, Json, Seed, Source
+from grafting.cli.common import new_console, open_model, show, spread
+from grafting.cli.options import Device, Dtype, Heads, Json, Processes, Seed, Source
 
 
 @app.command()
@@ -23,18 +23,22 @@ def sample(
     batch_size: Annotated[int, typer.Option(min=1)] = 100,
     vae: Annotated[str | None, typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
     num_heads: Heads = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
+    processes: Processes = 1,
 ) -> None:  # fmt: skip
     """Draw images; noise and label of image i depend on the seed and i alone."""
     from grafting.generation import generate
 
-    console = new_console()
+    compute = spread(processes, device)
+    console = new_console(quiet=not compute.is_main)
+    model = open_model(source, num_heads=num_heads, device=str(compute.device), dtype=dtype)
     generate(
-        open_model(source, num_heads=num_heads, device=device, dtype=dtype), out, num=num, steps=steps, sampler=sampler,
+        model, out, num=num, steps=steps, sampler=sampler,
         guidance=guidance, seed=seed, batch_size=batch_size, vae=vae, describe={"model": source},
         progress=lambda done, total: console.progress("sample", done, total, "images"),
     )  # fmt: skip
     console.close()
-    print(f"samples: {out}")
+    if compute.is_main:
+        print(f"samples: {out}")
 
 
 @app.command()

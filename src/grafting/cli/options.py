@@ -19,6 +19,9 @@ Heads = Annotated[
     int | None, typer.Option(min=1, help="Number of heads, for a file of an unpublished width.")
 ]
 Locality = Annotated[Path | None, typer.Option(help="Locality file for top-local-50 and low-local-50.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes on this machine: one for each GPU, or shares of the CPU.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")]
 Set = Annotated[
     list[str] | None,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console
-from grafting.cli.options import Device, Dtype, Heads, Locality, Plan, Resume, Seed, Set, Source
+from grafting.cli.common import new_console, spread
+from grafting.cli.options import Device, Dtype, Heads, Locality, Plan, Processes, Resume, Seed, Set, Source
 
 
 @app.command()
@@ -39,7 +37,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the recipe>.")] = None,
     resume: Resume = False, set: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes (GPUs) to spread over, through accelerate.")] = 1,
+    processes: Processes = 1,
     device: Device = "cpu", dtype: Dtype = None, seed: Annotated[int | None, typer.Option(min=0)] = None,
 ) -> None:  # fmt: skip
     """Run a recipe: load, graft, distill, finetune, sample, evaluate, report."""
@@ -54,8 +52,8 @@ def run(
     ]
     resolved = load_recipe(recipe, overrides)
     folder = out or Path("runs") / resolved.name
-    if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
-        _launch(processes)
+    if not dry_run:
+        spread(processes, device)
     if dry_run:
         from grafting.yaml_io import dump_yaml
 
@@ -102,18 +100,20 @@ def apply(
 
 @app.command()
 def distill(
-    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu"
-) -> None:
+    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu",
+    processes: Processes = 1,
+) -> None:  # fmt: skip
     """Stage 1 on a run folder: the new operators learn what the donor's do."""
-    _stage(run, "distill", resume, device)
+    _stage(run, "distill", resume, device, processes)
 
 
 @app.command()
 def finetune(
-    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu"
-) -> None:
+    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu",
+    processes: Processes = 1,
+) -> None:  # fmt: skip
     """Stage 2 on a run folder: the whole edited model, lightly."""
-    _stage(run, "finetune", resume, device)
+    _stage(run, "finetune", resume, device, processes)
 
 
 @app.command()
@@ -125,10 +125,11 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     print(f"report: {write_report(RunFolder.open(run).path)}")
 
 
-def _stage(folder: Path, stage: str, resume: bool, device: str) -> None:
+def _stage(folder: Path, stage: str, resume: bool, device: str, processes: int) -> None:
     from grafting.errors import RunError
     from grafting.pipeline import open_pipeline
 
+    spread(processes, device)
     console = new_console()
     pipeline = open_pipeline(folder, console, device)
     if pipeline.run.result(stage) is not None:
@@ -139,14 +140,8 @@ def _stage(folder: Path, stage: str, resume: bool, device: str) -> None:
     pipeline.check()
     getattr(pipeline, stage)()
     console.close()
-    print(f"{stage}: {folder}")
-
-
-def _launch(processes: int) -> None:
-    """Replace this process by a launcher of the same command; `accelerate launch` and Slurm work as well."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "grafting", *sys.argv[1:]]
-    os.execv(sys.executable, command)
+    if pipeline.compute.is_main:
+        print(f"{stage}: {folder}")
 
 
 def _print_results(folder: Path) -> None:

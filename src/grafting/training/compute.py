@@ -1,16 +1,20 @@
-"""Where a stage computes: device, precision, and this process's share among several (through accelerate)."""
+"""Where a stage computes: device, precision, and this process's share among several."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grafting.errors import GraftError
+from grafting import processes
+from grafting.errors import GraftError, PeerError
+
+_BUCKET = 2**26  # gradient values per message
 
 
 @dataclass(frozen=True)
@@ -42,36 +46,106 @@ class Compute:
             )
         return index[self.rank :: self.world]
 
+    def parts(self, index: Tensor, micro_batch: int = 0) -> list[tuple[Tensor, float]]:
+        """This process's share of a global batch, cut into (samples, weight); at most `micro_batch` samples, 0: all.
+
+        Weighted and summed over parts and processes, the parts' means are the mean over the batch. Every process has as
+        many parts (those without samples of their own repeat one with weight 0): sharded models compute together.
+        """
+        mine = self.share(index)
+        size = micro_batch or len(index)
+        count = math.ceil(math.ceil(len(index) / self.world) / size)
+        cut = [mine[number * size : (number + 1) * size] for number in range(count)]
+        return [(part if len(part) else mine[:1], len(part) / len(index)) for part in cut]
+
+    def mine(self, items: Sequence[Any]) -> list[Any]:
+        """This process's share of a list, which may be empty."""
+        return list(items[self.rank :: self.world])
+
+    # ---- messages between processes; each is a no-op for one
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes (a no-op for one)."""
+        """Sum over all processes."""
         if self.world == 1:
             return tensor
-        from accelerate.utils import reduce
+        import torch.distributed as dist
 
-        return reduce(tensor, reduction="sum")
+        total = tensor.clone()
+        with _reaching_others():
+            dist.all_reduce(total)
+        return total
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over all processes, whose shares are of one size."""
-        return self.sum(values) / self.world
-
-    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sum the gradients over all processes in one message; losses are scaled so that the sum is the mean."""
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum the gradients over all processes, in few large messages; losses are scaled so that it is the mean."""
         if self.world == 1:
             return
         present = [p for p in parameters if p.grad is not None]
-        flat = self.sum(torch.cat([p.grad.reshape(-1).float() for p in present if p.grad is not None]))
-        offset = 0
-        for parameter in present:
-            count = parameter.numel()
-            parameter.grad = flat[offset : offset + count].view_as(parameter).to(parameter.dtype)
-            offset += count
+        while present:
+            size, count = 0, 0
+            while count < len(present) and (count == 0 or size + present[count].numel() <= _BUCKET):
+                size, count = size + present[count].numel(), count + 1
+            bucket, present = present[:count], present[count:]
+            flat = self.sum(torch.cat([p.grad.reshape(-1).float() for p in bucket if p.grad is not None]))
+            for parameter, total in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = total.view_as(parameter).to(parameter.dtype)
+
+    def equalise(self, tensors: Sequence[Tensor]) -> None:
+        """Give every process the first one's values, in place: machines may round a start differently."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        with _reaching_others(), torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def from_main(self, value: Any) -> Any:
+        """The first process's value (small, picklable) on all of them: decisions are taken once."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        with _reaching_others():
+            dist.broadcast_object_list(box, 0, group=processes.control())
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """The values of all processes, in order, on the first; an empty list on the others."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world
+        with _reaching_others():
+            dist.gather_object(value, found if self.is_main else None, 0, group=processes.control())
+        return found if self.is_main else []
+
+    def agree_to_stop(self, code: int | None) -> int | None:
+        """The exit status that a signal to any process asked for: all stop at the same step."""
+        if self.world == 1:
+            return code
+        import torch.distributed as dist
+
+        asked = torch.tensor([143 if code is None and processes.orphaned() else code or 0])
+        with _reaching_others():
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=processes.control())
+        return int(asked) or None
 
     def wait(self) -> None:
         """Wait for all processes."""
-        if self.world > 1:
-            from accelerate import PartialState
+        self.agree_to_stop(None)
 
-            PartialState().wait_for_everyone()
+
+@contextlib.contextmanager
+def _reaching_others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(
+            "another process of this run has ended or can't be reached "
+            f"({str(error).splitlines()[0][:120]}); --resume goes on from the last checkpoint"
+        ) from None
 
 
 def _fast_bf16(device: torch.device) -> bool:
@@ -82,22 +156,31 @@ def _fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and tiles is not None and bool(tiles())
 
 
-def is_one_of_several() -> bool:
-    """Whether this process was started as one of several (accelerate launch, torchrun, --processes)."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _own_device(device: torch.device, where: processes.Place) -> torch.device:
+    """The device of one of several processes: the CPU, or the accelerator of its number on this machine."""
+    if device.type == "cpu":
+        return device
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if where.local_rank >= count or device.type == "mps":
+        raise GraftError(
+            f"process {where.rank} of {where.world} is number {where.local_rank} on a machine with {count} devices "
+            f"of type {device.type}; start at most one process for each"
+        )
+    torch.accelerator.set_device_index(where.local_rank)
+    return torch.device(device.type, where.local_rank)
 
 
 def make_compute(device: torch.device, precision: str = "auto") -> Compute:
-    """The compute of this process. Under `accelerate launch` or `torchrun` it is one of several."""
-    rank, world = 0, 1
-    if is_one_of_several():
-        from accelerate import PartialState
+    """The compute of this process. Under --processes, `accelerate launch`, `torchrun` or `srun` it is one of several.
 
-        state = PartialState(cpu=device.type == "cpu")
-        rank, world = state.process_index, state.num_processes
-        device = state.device
-    if precision == "auto":
-        precision = "bf16" if _fast_bf16(device) else "fp32"
-    if precision not in ("fp32", "bf16"):
+    Raises GraftError (unknown precision, more processes than devices, the others can't be reached).
+    """
+    if precision not in ("auto", "fp32", "bf16"):
         raise GraftError(f"precision {precision!r}: expected auto, fp32 or bf16")
-    return Compute(device=device, precision=precision, rank=rank, world=world)
+    where = processes.join()
+    if where.world > 1:
+        device = _own_device(device, where)
+    compute = Compute(device=device, precision=precision, rank=where.rank, world=where.world)
+    if precision == "auto":
+        return replace(compute, precision=compute.from_main("bf16" if _fast_bf16(device) else "fp32"))
+    return compute

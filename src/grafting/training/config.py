@@ -31,6 +31,7 @@ class Optimization(Settings):
 
     steps: Count = 250
     batch_size: Count = 64
+    micro_batch: Annotated[int, Field(ge=0)] = 0  # samples per forward pass of a process; 0: its whole share
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of linear layers
     lr: Positive = 1e-3

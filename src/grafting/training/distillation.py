@@ -35,6 +35,7 @@ from grafting.training.loop import (
     Interrupted,
     Journal,
     Quiet,
+    agreed,
     family_and_model,
     held_out,
     learning_rate,
@@ -161,6 +162,7 @@ class _Stage:
         if state is None:
             start_error = self._start()
             first, seconds = 0, 0.0
+            self.compute.equalise([v for pupil in pupils for v in pupil.operator.state_dict().values()])
         else:
             start_error, first, seconds = self._restore(state, optimizer)
         cache = None
@@ -168,13 +170,15 @@ class _Stage:
             cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
         clock = Clock(first, config.steps)
         losses: dict[str, list[Tensor]] = {
-            path: [loss.to(self.compute.device) for loss in values]
+            path: [loss.to(self.compute.device) * self.compute.is_main for loss in values]  # they are summed
             for path, values in (state["unlogged"] if state is not None else {}).items()
         }
         done = first
 
         for step in range(first, config.steps):
-            if (code := self.journal.stop_requested()) is not None:
+            if (code := self.compute.agree_to_stop(self.journal.stop_requested())) is not None:
+                whole = agreed(self.compute, {path: torch.stack(values) for path, values in losses.items()})
+                losses = {path: list(values) for path, values in whole.items()}
                 _check_losses({path: values[-1].item() for path, values in losses.items()}, step, config.lr)
                 self._checkpoint(step, optimizer, start_error, seconds + clock.seconds, losses)
                 raise Interrupted(code, step)
@@ -219,29 +223,29 @@ class _Stage:
     def _update(
         self, step: int, active: list[_Pupil], optimizer: Optimizers, cache: ActivationCache | None
     ) -> dict[str, Tensor]:
-        """One optimizer step of all operators that still learn; their losses."""
+        """One optimizer step of all operators that still learn; this process's part of their losses."""
         config, compute = self.config, self.compute
         index = step_index(step, config.batch_size)
-        share = compute.share(index)
-        if cache is None:
-            taps = self.taps(self.batches.at(share), [pupil.path for pupil in active])
-        else:
-            taps = cache.at(share, [pupil.path for pupil in active])
-        found = {}
+        found: dict[str, Tensor] = {}
+        for part, weight in compute.parts(index, config.micro_batch):
+            if cache is None:
+                taps = self.taps(self.batches.at(part), [pupil.path for pupil in active])
+            else:
+                taps = cache.at(part, [pupil.path for pupil in active])
+            for pupil in active:
+                with compute.autocast():
+                    loss = pupil.loss_on(taps.pop(pupil.path)) * weight
+                loss.backward()
+                found[pupil.path] = found.get(pupil.path, 0) + loss.detach()
+        compute.sum_gradients([parameter for pupil in active for parameter in pupil.parameters])
         for pupil in active:
-            with compute.autocast():
-                loss = pupil.loss_on(taps.pop(pupil.path))
-            (loss * (len(share) / len(index))).backward()
-            found[pupil.path] = loss.detach()
-        for pupil in active:
-            compute.sum_gradients(pupil.parameters)
             nn.utils.clip_grad_norm_(pupil.parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad()
         return found
 
     def _log(self, step: int, losses: dict[str, list[Tensor]], clock: Clock) -> None:
-        stacked = self.compute.mean(torch.stack([torch.stack(values).mean() for values in losses.values()]))
+        stacked = self.compute.sum(torch.stack([torch.stack(values).mean() for values in losses.values()]))
         means = dict(zip(losses, stacked.tolist(), strict=True))
         lr = learning_rate(self.config, step - 1)
         self.journal.log({"stage": STAGE, "step": step, "lr": lr, "loss": means})
@@ -257,16 +261,14 @@ class _Stage:
         modules = operators_by_path or {pupil.path: pupil.operator for pupil in self.pupils}
         batches = self.validation or [self.batches.at(step_index(0, self.config.batch_size))]
         totals = dict.fromkeys(modules, 0.0)
-        for batch in batches:
+        for batch in self.compute.mine(batches):
             taps = self.taps(batch, list(modules))
             for path, module in modules.items():
                 with self.compute.autocast():
                     output = module(taps[path].input)
                 totals[path] += relative_error(output, taps[path].output).item() / len(batches)
-        agreed = self.compute.mean(torch.tensor(list(totals.values()), device=self.compute.device))
-        return dict(
-            zip(totals, agreed.tolist(), strict=True)
-        )  # the same on all processes: they rest together
+        total = self.compute.sum(torch.tensor(list(totals.values()), device=self.compute.device))
+        return dict(zip(totals, total.tolist(), strict=True))  # the same on all processes: they rest together
 
     def _start(self) -> dict[str, dict[str, float]]:
         """Fit the readouts (donor starts) and log the error at step 0 of random, copied and fitted operators."""

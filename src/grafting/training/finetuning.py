@@ -24,6 +24,7 @@ from grafting.training.loop import (
     Interrupted,
     Journal,
     Quiet,
+    agreed,
     family_and_model,
     held_out,
     learning_rate,
@@ -34,6 +35,7 @@ from grafting.training.objectives import mixed_loss
 from grafting.training.optimizers import Optimizers, make_optimizer
 
 STAGE = "finetune"
+_Losses = tuple[dict[str, Tensor], Tensor]  # of one step: the loss under "" and its terms; the gradient norm
 
 
 @dataclass
@@ -172,23 +174,23 @@ class _Stage:
             validation[0] = self._validate(ema)
             self.journal.log({"stage": STAGE, "step": 0, "event": "validation", "loss": validation[0]})
         clock = Clock(first, config.steps)
-        window: list[tuple[Tensor, dict[str, Tensor], Tensor]] = [
+        window: list[_Losses] = [
             (
-                loss.to(compute.device),
-                {k: v.to(compute.device) for k, v in terms.items()},
+                {k: v.to(compute.device) * compute.is_main for k, v in losses.items()},  # they are summed
                 norm.to(compute.device),
             )
-            for loss, terms, norm in (state["unlogged"] if state is not None else [])
+            for losses, norm in (state["unlogged"] if state is not None else [])
         ]
 
         for step in range(first, config.steps):
-            if (code := self.journal.stop_requested()) is not None:
+            if (code := compute.agree_to_stop(self.journal.stop_requested())) is not None:
                 self._checkpoint(
-                    step, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row, window
-                )
+                    step, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row,
+                    [(agreed(compute, losses), norm) for losses, norm in window],
+                )  # fmt: skip
                 raise Interrupted(code, step)
             optimizer.set_learning_rate(learning_rate(config, step))
-            loss, terms, norm = self._backward(step)
+            losses, norm = self._backward(step)
             if torch.isfinite(norm):
                 optimizer.step()
                 ema.update(self.parameters, step)
@@ -196,7 +198,7 @@ class _Stage:
             else:
                 skipped, in_a_row = skipped + 1, in_a_row + 1
             optimizer.zero_grad()
-            window.append((loss, terms, norm))
+            window.append((losses, norm))
             done = step + 1
             if (
                 in_a_row > config.max_bad_steps
@@ -229,26 +231,31 @@ class _Stage:
             skipped_steps=skipped,
         )
 
-    def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Gradients of one step in place; the loss, its terms and the gradient norm before clipping."""
-        index = step_index(step, self.config.batch_size)
-        share = self.compute.share(index)
-        batch = self.batches.at(share)
-        with self.compute.autocast():
-            loss, terms = mixed_loss(self.family, self.student, self.teacher, batch, self.config, self.layers)
-        (loss * (len(share) / len(index))).backward()
+    def _backward(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of one step in place; this process's part of the losses, and the gradient norm before clipping."""
+        found: dict[str, Tensor] = {}
+        for part, weight in self.compute.parts(
+            step_index(step, self.config.batch_size), self.config.micro_batch
+        ):
+            batch = self.batches.at(part)
+            with self.compute.autocast():
+                loss, terms = mixed_loss(
+                    self.family, self.student, self.teacher, batch, self.config, self.layers
+                )
+                loss = loss * weight
+            loss.backward()
+            for name, value in {"": loss.detach(), **{k: v * weight for k, v in terms.items()}}.items():
+                found[name] = found.get(name, 0) + value
         parameters = list(self.parameters.values())
         self.compute.sum_gradients(parameters)
-        return loss.detach(), terms, nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        return found, nn.utils.clip_grad_norm_(parameters, self.config.clip)
 
-    def _log(
-        self, step: int, window: list[tuple[Tensor, dict[str, Tensor], Tensor]], clock: Clock, bad: bool
-    ) -> None:
-        names = list(window[0][1])
-        rows = [torch.stack([entry[0], *(entry[1][name] for name in names)]) for entry in window]
-        loss, *values = self.compute.mean(torch.stack(rows).mean(dim=0)).tolist()
-        terms = dict(zip(names, values, strict=True))
-        norm = torch.stack([entry[2] for entry in window]).max().item()
+    def _log(self, step: int, window: list[_Losses], clock: Clock, bad: bool) -> None:
+        names = list(window[0][0])
+        rows = [torch.stack(list(losses.values())) for losses, _ in window]
+        loss, *values = self.compute.sum(torch.stack(rows).mean(dim=0)).tolist()
+        terms = dict(zip(names[1:], values, strict=True))
+        norm = torch.stack([norm for _, norm in window]).max().item()
         if bad or loss != loss or loss in (float("inf"), float("-inf")):
             raise DivergedError(
                 f"stage 2 diverged: loss {loss} and gradient norm {norm} at step {step}; the last good checkpoint is "
@@ -299,7 +306,7 @@ class _Stage:
 
     def _checkpoint(
         self, step: int, optimizer: Optimizers, ema: EMA, seconds: float, validation: dict[int, float],
-        skipped: int, in_a_row: int, unlogged: list[tuple[Tensor, dict[str, Tensor], Tensor]] | None = None,
+        skipped: int, in_a_row: int, unlogged: list[_Losses] | None = None,
     ) -> None:  # fmt: skip
         if not self.compute.is_main:
             return

@@ -17,6 +17,7 @@ from grafting.data import DataSource
 from grafting.diffusion import NUM_TIMESTEPS, add_noise
 from grafting.errors import DataError
 from grafting.families import Family, family_of
+from grafting.training.compute import Compute
 from grafting.training.config import Optimization
 
 Never: Callable[[], int | None] = lambda: None  # noqa: E731
@@ -117,6 +118,15 @@ class Batches:
 def step_index(step: int, batch_size: int) -> Tensor:
     """Global sample numbers of one step."""
     return torch.arange(step * batch_size, (step + 1) * batch_size)
+
+
+def agreed(compute: Compute, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Losses of this process's samples -> losses of the global batch, the same on all processes; shapes may differ."""
+    if compute.world == 1 or not losses:
+        return dict(losses)
+    sizes = [value.numel() for value in losses.values()]
+    flat = compute.sum(torch.cat([value.reshape(-1) for value in losses.values()])).split(sizes)
+    return {name: flat[i].view_as(value) for i, (name, value) in enumerate(losses.items())}
 
 
 def held_out(batches: Batches, data: DataSource, batch_size: int) -> list[Batch]:

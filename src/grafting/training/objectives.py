@@ -42,21 +42,22 @@ def output_loss(
 
 
 def feature_loss(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], outliers: float) -> Tensor:
-    """Mean squared difference of block outputs [B, N, D], in units of the teacher's variance, averaged over L: scalar.
+    """Squared difference of block outputs [B, N, D] over the teacher's square, averaged over B and L: scalar.
 
-    The `outliers` share of largest |teacher| is left out: a few massive activations would own the loss.
+    The `outliers` share of a sample's largest |teacher| is left out: a few massive activations would own the loss. Each
+    sample counts by itself, so that a batch may be cut.
     """
     total = torch.zeros((), device=next(iter(teacher.values())).device)
     for layer, target in teacher.items():
-        target = target.float()
-        error = (student[layer].float() - target).square()
+        target = target.float().flatten(1)  # [B, N D]
+        error = (student[layer].float().flatten(1) - target).square()
         keep = torch.ones_like(error)
         if outliers > 0:
             magnitude = target.abs()
-            sample = magnitude.flatten()[:: max(1, magnitude.numel() // 2**16)]  # quantile's input is bounded
-            keep = (magnitude <= torch.quantile(sample, 1 - outliers)).float()
-        scale = (target.square() * keep).sum().clamp(min=1e-12)
-        total = total + (error * keep).sum() / scale
+            some = magnitude[:, :: max(1, magnitude.shape[1] // 2**14)]  # quantile's input is bounded
+            keep = (magnitude <= torch.quantile(some, 1 - outliers, dim=1, keepdim=True)).float()
+        scale = (target.square() * keep).sum(dim=1).clamp(min=1e-12)
+        total = total + ((error * keep).sum(dim=1) / scale).mean()
     return total / len(teacher)
 
 
