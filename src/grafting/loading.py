@@ -91,7 +91,7 @@ def _load(source: str, num_heads: int | None) -> nn.Module:
     if path.is_dir():
         return _load_folder(path)
     if _HUB_ID.fullmatch(source) and not path.suffix:
-        return _load_folder(_from_hub(source))
+        return _load_folder(download(source, _HUB_FILES))
     raise CheckpointError(
         f"can't load {source!r}: no such file or folder; expected a packaged name ({', '.join(PACKAGED)}), a .pt file, "
         "a folder, a hub id such as facebook/DiT-XL-2-256, or arch:DiT-XL/2"
@@ -129,11 +129,12 @@ def save_diffusers(model: nn.Module, folder: str | Path) -> None:
     )
 
 
-def _from_hub(name: str) -> Path:
+def download(name: str, patterns: list[str]) -> Path:
+    """The files of a hub repository whose names match, on disk. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(

@@ -3,8 +3,8 @@
 A module per group of verbs; importing it registers them, in the order of `graft --help`.
 """
 
-from grafting.cli import runs, status, models, analysis, images, data, studies, bench  # noqa: I001
+from grafting.cli import runs, status, models, analysis, images, data, text, studies, bench  # noqa: I001
 from grafting.cli.app import app
 from grafting.cli.entry import main
 
-__all__ = ["analysis", "app", "bench", "data", "images", "main", "models", "runs", "status", "studies"]
+__all__ = ["analysis", "app", "bench", "data", "images", "main", "models", "runs", "status", "studies", "text"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,10 @@ _CHUNK = 4096
 
 
 class DataSource(Protocol):
-    """What training needs of data: examples by index, and a name and hash that say what they are."""
+    """What training needs of data: examples by index, and a name and hash that say what they are.
+
+    A batch is x [B, C, H, W] and what it is conditioned on: class numbers [B], or a `Caption`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -38,7 +41,7 @@ class DataSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]: ...
+    def batch(self, indices: Indices) -> tuple[Tensor, Any]: ...
 
     def subset(self, fraction: float, seed: int = 0) -> DataSource: ...
 

@@ -11,17 +11,24 @@ from grafting.data.dataset import ImageLabelDataset
 from grafting.data.fashion import NUM_CLASSES, SPLITS, has_idx_files, load_full, packaged_subset, pad_to_32
 from grafting.data.latents import LatentDataset, is_latents
 from grafting.data.npz import NpzReader
+from grafting.data.text import CaptionDataset, is_caption_folder
 from grafting.errors import DataError
 
 PACKAGED = ("fashion-10",)
 _FASHION = "fashion:"
 
 
+<<<<<<< HEAD
 def load_dataset(source: str | Path) -> ImageLabelDataset | LatentDataset:
     """Load labelled images or latents from a packaged name or a file.
+=======
+def load_dataset(source: str | Path) -> ImageLabelDataset | CaptionDataset:
+    """Load labelled images or latents, or latents with captions, from a packaged name or a file.
+>>>>>>> 5df480c (graft synthesize: pairs from the model itself, the same bytes after any stop and for any number of processes; caption datasets)
 
     `source` is one of
     - `fashion-10`: the shipped stratified 10 % of Fashion-MNIST's training set, [6000, 1, 32, 32];
+    - a folder that `graft synthesize` made: latents with captions;
     - a folder with Fashion-MNIST's IDX files, or `fashion:FOLDER` (`fashion:FOLDER:test` for its test split);
     - a folder of latents that `graft encode` wrote, memory-mapped;
     - a `.npz` file: `arr_0` uint8 [N, H, W, C] or float [N, C, H, W], `arr_1` integer labels [N];
@@ -41,12 +48,17 @@ def load_dataset(source: str | Path) -> ImageLabelDataset | LatentDataset:
         return _fashion(*load_full(folder, split), f"fashion-{split}")
     path = Path(source)
     if path.is_dir():
+<<<<<<< HEAD
         if is_latents(path):
             return LatentDataset.open(path)
         if (path / "parts" / "job.json").is_file():
             raise DataError(
                 f"the latents in {path} are not finished; give the same graft encode command again"
             )
+=======
+        if is_caption_folder(path):
+            return CaptionDataset(path)
+>>>>>>> 5df480c (graft synthesize: pairs from the model itself, the same bytes after any stop and for any number of processes; caption datasets)
         if has_idx_files(path):
             return _fashion(*load_full(path, "train"), "fashion-train")
         raise DataError(

@@ -1,0 +1,141 @@
+"""Prompts in, encoded captions out: the prompt file, and the text encoder of a pipeline.
+
+Axes: B captions, T tokens that captions are padded to, E width of the text encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grafting.conditioning import Caption
+from grafting.errors import CheckpointError, DataError
+from grafting.formats.pipeline_folder import MAX_TOKENS, component_class, read_index
+
+KEYS = ("prompt", "caption", "text")
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption and the line of the file it stands in (from 1)."""
+
+    line: int
+    text: str
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts of a file: one a line, or (`.jsonl`, `.json`) one JSON object a line with a key prompt, caption or text.
+
+    Raises DataError that names the line for an empty caption and for anything that is not such a file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            f"no prompts file {str(path)!r}: expected a text file with one prompt a line, or JSON lines"
+        )
+    if path.stat().st_size > _MAX_BYTES:
+        raise DataError(f"{path} has more than {_MAX_BYTES >> 30} GiB; give a file of prompts")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no UTF-8 text; give one prompt a line, or JSON lines") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    as_json = path.suffix in (".jsonl", ".json") or (bool(lines) and lines[0].lstrip().startswith('{"'))
+    prompts = [
+        Prompt(n, _parse(line, n, path) if as_json else line.strip()) for n, line in enumerate(lines, 1)
+    ]
+    for prompt in prompts:
+        if not prompt.text:
+            raise DataError(
+                f"{path}, line {prompt.line}: the caption is empty; give a prompt, or take the line out"
+            )
+    if not prompts:
+        raise DataError(f"{path} has no prompts; give one a line")
+    return prompts
+
+
+def _parse(line: str, number: int, path: Path) -> str:
+    where = f"{path}, line {number}"
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        raise DataError(
+            f'{where}: not a JSON object; expected one a line, such as {{"prompt": "a cat"}}'
+        ) from None
+    if not isinstance(data, dict):
+        raise DataError(
+            f"{where}: a JSON {type(data).__name__}; expected an object with a key {' or '.join(KEYS)}"
+        )
+    text = next((data[key] for key in KEYS if key in data), None)
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: no text under {' or '.join(KEYS)}; it has {', '.join(map(str, data)) or 'nothing'}"
+        )
+    return text.strip()
+
+
+class TextEncoder:
+    """Tokenizer and text encoder of a pipeline folder. Captions are lowered and stripped, as the pipeline does."""
+
+    def __init__(
+        self, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+        max_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        try:
+            import transformers
+        except ImportError:
+            raise CheckpointError(
+                "encoding captions needs transformers: pip install 'grafting[text]'"
+            ) from None
+        index = read_index(folder)
+        classes = [component_class(index, name, folder) for name in ("tokenizer", "text_encoder")]
+        self.max_tokens = max_tokens or MAX_TOKENS[index["_class_name"]]
+        self.device = torch.device(device)
+        given = {"dtype": dtype} if dtype else {}
+        try:
+            self.tokenizer: Any = getattr(transformers, classes[0]).from_pretrained(folder / "tokenizer")
+            model: Any = getattr(transformers, classes[1]).from_pretrained(folder / "text_encoder", **given)
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(f"can't load the text encoder of {str(folder)!r}: {reason[:200]}") from None
+        self.model: Any = model.to(self.device).eval()
+
+    def check_lengths(self, prompts: Sequence[Prompt], where: str) -> None:
+        """Raise DataError that names the first prompt with more tokens than the model takes."""
+        for start in range(0, len(prompts), 1000):
+            part = prompts[start : start + 1000]
+            for prompt, ids in zip(
+                part, self.tokenizer([_plain(p.text) for p in part]).input_ids, strict=True
+            ):
+                if len(ids) > self.max_tokens:
+                    raise DataError(
+                        f"{where}, line {prompt.line}: {len(ids)} tokens, the model takes {self.max_tokens}: "
+                        f"{prompt.text[:60]!r}...; shorten it, or give --truncate"
+                    )
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, T, E] and masks [B, T] of captions, on the encoder's device."""
+        tokens = self.tokenizer(
+            [_plain(text) for text in texts], padding="max_length", max_length=self.max_tokens, truncation=True,
+            add_special_tokens=True, return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        return self.model(tokens.input_ids, attention_mask=tokens.attention_mask)[0], tokens.attention_mask
+
+    def captions(self, texts: Sequence[str]) -> Caption:
+        """Captions [B] with the empty one beside each."""
+        embeds, mask = self.encode(texts)
+        null_embeds, null_mask = self.encode([""])
+        return Caption(embeds, mask, null_embeds.expand(len(texts), -1, -1), null_mask.expand(len(texts), -1))
+
+
+def _plain(text: str) -> str:
+    return text.lower().strip()

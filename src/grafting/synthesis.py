@@ -1,0 +1,271 @@
+"""`graft synthesize`: training pairs sampled from a text-to-image model itself (arXiv 2506.05340, section 5).
+
+Captions of all shards are encoded first and the text encoder is freed; then the latents of each shard are sampled by
+DPM-Solver++. A shard's files appear whole or not at all, and depend on the arguments alone: any number of processes and
+any number of stops give the same bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafting import draws
+from grafting.conditioning import Caption
+from grafting.data import text as captions
+from grafting.data.prompts import Prompt, TextEncoder, read_prompts
+from grafting.diffusion import sample
+from grafting.errors import DataError, GraftError, RunError
+from grafting.families import family_of
+from grafting.formats import weights
+from grafting.formats.pipeline_folder import check_schedule, find_pipeline, vae_factor
+from grafting.loading import load_model
+from grafting.training.compute import Compute
+
+Progress = Callable[[str, int, int], None]
+SHARD_SECONDS = 2.0  # between looks for the shards of other processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthesis:
+    """What is made; height and width in pixels, by default the model's own."""
+
+    num: int
+    steps: int = 20
+    guidance: float = 4.5
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 4
+    shard_size: int = 64
+    seed: int = 0
+    max_tokens: int | None = None
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise GraftError(f"{name}={getattr(self, name)}: at least 1")
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise GraftError(
+                f"guidance={self.guidance}: expected a finite number of at least 0; 1 means none"
+            )
+
+
+def synthesize(
+    source: str, prompts: str | Path, out: str | Path, settings: Synthesis, *, compute: Compute,
+    dtype: torch.dtype | None = None, resume: bool = False, progress: Progress | None = None,
+) -> Path:  # fmt: skip
+    """Make `settings.num` pairs of the pipeline `source` (folder, hub id, or a graft of one) in the folder `out`.
+
+    Prompt i is line i of the file, from the start again where there are fewer. `resume` goes on where a run with
+    the same arguments stopped. Returns the quality page. Raises GraftError that says what to do.
+    """
+    folder, out = find_pipeline(source), Path(out)
+    found = read_prompts(prompts)
+    check_schedule(folder)
+    chosen = [found[i % len(found)] for i in range(settings.num)]
+    job = _Job(source, folder, chosen, str(prompts), out, settings, compute, dtype, progress or _silent)
+    job.begin(resume)
+    job.encode()
+    model = job.load()
+    job.sample(model)
+    job.await_others()
+    if compute.is_main:
+        job.finish(model)
+    return out / "quality.html"
+
+
+class _Job:
+    def __init__(
+        self, source: str, folder: Path, prompts: list[Prompt], file: str, out: Path, settings: Synthesis,
+        compute: Compute, dtype: torch.dtype | None, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.source, self.folder, self.prompts, self.file, self.out = source, folder, prompts, file, out
+        self.settings, self.compute, self.dtype, self.progress = settings, compute, dtype, progress
+        self.num_shards = -(-len(prompts) // settings.shard_size)
+        self.mine = list(range(compute.rank, self.num_shards, compute.world))
+
+    def rows(self, shard: int) -> range:
+        size = self.settings.shard_size
+        return range(shard * size, min((shard + 1) * size, len(self.prompts)))
+
+    def begin(self, resume: bool) -> None:
+        """Refuse to mix two jobs in one folder; note what this one is."""
+        path = self.out / captions.MANIFEST
+        if path.is_file():
+            known = captions.read_manifest(self.out)
+            differing = [k for k, v in self.protocol().items() if known["protocol"].get(k) != v]
+            if differing:
+                raise RunError(
+                    f"{str(self.out)!r} was made with other arguments (different: {', '.join(differing)}); "
+                    "give another --out"
+                )
+            if not resume and self.compute.is_main:
+                raise RunError(
+                    f"{str(self.out)!r} was begun already; go on with --resume, or give another --out"
+                )
+        elif self.compute.is_main:
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise RunError(f"{str(self.out)!r} is not an empty folder; give another --out")
+            lines = "".join(json.dumps({"caption": prompt.text}) + "\n" for prompt in self.prompts)
+            weights.write_bytes(self.out / "captions.jsonl", lines.encode())
+            self.write_manifest(shape=[0, 0, 0], caption_width=0, num_tokens=0, files={}, complete=False)
+
+    def protocol(self) -> dict[str, Any]:
+        texts = "\n".join(prompt.text for prompt in self.prompts)
+        return {
+            "model": self.source, "sampler": "dpm++", **asdict(self.settings),
+            "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
+            "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        }  # fmt: skip
+
+    def write_manifest(self, **content: Any) -> None:
+        weights.write_json(self.out / captions.MANIFEST, {
+            "format": captions.FORMAT, "version": captions.VERSION, "num": len(self.prompts), **content,
+            "protocol": self.protocol(),
+        })  # fmt: skip
+
+    # ---- captions
+
+    def encode(self) -> None:
+        """Encode the captions of this process's shards and the empty one; the text encoder is gone afterwards."""
+        missing = [shard for shard in self.mine if not (self.out / captions.text_file(shard)).is_file()]
+        null = self.out / "null.safetensors"
+        if not missing and (null.is_file() or not self.compute.is_main):
+            return
+        encoder = TextEncoder(
+            self.folder, device=self.compute.device, dtype=self.dtype, max_tokens=self.settings.max_tokens
+        )
+        if not self.settings.truncate:
+            encoder.check_lengths(self.prompts, self.file)
+        for done, shard in enumerate(missing):
+            texts = [self.prompts[row].text for row in self.rows(shard)]
+            size = self.settings.batch_size
+            parts = [encoder.encode(texts[start : start + size]) for start in range(0, len(texts), size)]
+            embeds, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            _check_finite(embeds, self.rows(shard), "the encoded caption", self.dtype)
+            weights.write_safetensors(
+                self.out / captions.text_file(shard), captions.pack_captions(embeds, mask)
+            )
+            self.progress("captions", done + 1, len(missing))
+        if self.compute.is_main:
+            embeds, mask = encoder.encode([""])
+            empty = captions.pack_captions(embeds, mask)
+            tensors = {
+                "embeds": empty["embeds"],
+                "mask": empty["mask"],
+                "num_tokens": torch.tensor(encoder.max_tokens),
+            }
+            weights.write_safetensors(null, tensors)
+        del encoder
+        gc.collect()
+        if self.compute.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- latents
+
+    def load(self) -> nn.Module:
+        """The model, for latents of the size asked for."""
+        model = load_model(self.source, device=self.compute.device, dtype=self.dtype).eval()
+        family, factor = family_of(model), vae_factor(self.folder)
+        _, height, width = family.sample_shape(model)
+        height = height * factor if self.settings.height is None else self.settings.height
+        width = width * factor if self.settings.width is None else self.settings.width
+        if height < factor or width < factor or height % factor or width % factor:
+            raise GraftError(
+                f"images of {height}x{width} pixels: the VAE makes {factor}x{factor} pixels of a latent; "
+                f"give multiples of {factor}"
+            )
+        return family.resized(model, height // factor, width // factor)
+
+    def sample(self, model: nn.Module) -> None:
+        """Sample the latents of this process's shards that are not there yet."""
+        missing = [shard for shard in self.mine if not (self.out / captions.latents_file(shard)).is_file()]
+        null = self.await_file("null.safetensors")
+        total = sum(len(self.rows(shard)) for shard in missing)
+        done = 0
+        for shard in missing:
+            held = weights.read_safetensors(self.out / captions.text_file(shard))
+            parts = []
+            for rows in torch.tensor(list(self.rows(shard))).split(self.settings.batch_size):
+                parts.append(self.draw(model, rows, held, null, shard).cpu())
+                done += len(rows)
+                self.progress("images", done, total)
+            weights.write_safetensors(self.out / captions.latents_file(shard), {"x": torch.cat(parts)})
+
+    def draw(
+        self, model: nn.Module, rows: Tensor, held: dict[str, Tensor], null: dict[str, Tensor], shard: int
+    ) -> Tensor:
+        """Latents [B, C, H, W] float32 of some samples; the noise of sample i depends on the seed and i alone."""
+        device, settings = self.compute.device, self.settings
+        tokens = int(null["num_tokens"])
+        local = [row - shard * settings.shard_size for row in rows.tolist()]
+        embeds, mask = captions.unpack_captions(held, local, tokens, held["offsets"])
+        empty = torch.tensor([0, len(null["mask"])])
+        null_embeds, null_mask = captions.unpack_captions(null, [0] * len(local), tokens, empty)
+        cond = Caption(*(tensor.to(device) for tensor in (embeds, mask, null_embeds, null_mask)))
+        noise = draws.normal(
+            settings.seed, "synthesize/noise", rows.to(device), family_of(model).sample_shape(model)
+        )
+        x0 = sample(model, noise, cond, steps=settings.steps, sampler="dpm++", guidance=settings.guidance)
+        _check_finite(x0, rows.tolist(), "the latent", self.dtype)
+        return x0
+
+    # ---- the end
+
+    def await_file(self, name: str) -> dict[str, Tensor]:
+        """A file that the first process writes."""
+        while not (self.out / name).is_file():
+            time.sleep(SHARD_SECONDS / 10)
+        return weights.read_safetensors(self.out / name)
+
+    def await_others(self) -> None:
+        """The first process waits for the shards of the others: no barrier, whose patience would end before theirs."""
+        while self.compute.is_main and self.compute.world > 1:
+            left = sum(not (self.out / captions.latents_file(s)).is_file() for s in range(self.num_shards))
+            if not left:
+                return
+            self.progress("shards", self.num_shards - left, self.num_shards)
+            time.sleep(SHARD_SECONDS)
+
+    def finish(self, model: nn.Module) -> None:
+        """Hash every file, write the manifest and the page."""
+        from grafting.report.captions import write_quality_page
+
+        null = weights.read_safetensors(self.out / "null.safetensors")
+        names = [
+            name(shard)
+            for shard in range(self.num_shards)
+            for name in (captions.text_file, captions.latents_file)
+        ]
+        names += ["captions.jsonl", "null.safetensors"]
+        self.write_manifest(
+            shape=list(family_of(model).sample_shape(model)), caption_width=null["embeds"].shape[1],
+            num_tokens=int(null["num_tokens"]),
+            files={name: captions.file_digest(self.out / name) for name in sorted(names)}, complete=True,
+        )  # fmt: skip
+        write_quality_page(captions.CaptionDataset(self.out), model, self.out / "quality.html", self.folder)
+
+
+def _check_finite(values: Tensor, rows: Any, what: str, dtype: torch.dtype | None) -> None:
+    bad = ~torch.isfinite(values).flatten(1).all(dim=1)
+    if bool(bad.any()):
+        row = list(rows)[int(bad.nonzero()[0])]
+        raise DataError(
+            f"{what} of sample {row} is not finite in {str(dtype or torch.float32).removeprefix('torch.')}; "
+            "use --dtype float32 or bfloat16"
+        )
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
