@@ -18,13 +18,8 @@ PACKAGED = ("fashion-10",)
 _FASHION = "fashion:"
 
 
-<<<<<<< HEAD
-def load_dataset(source: str | Path) -> ImageLabelDataset | LatentDataset:
-    """Load labelled images or latents from a packaged name or a file.
-=======
-def load_dataset(source: str | Path) -> ImageLabelDataset | CaptionDataset:
+def load_dataset(source: str | Path) -> ImageLabelDataset | LatentDataset | CaptionDataset:
     """Load labelled images or latents, or latents with captions, from a packaged name or a file.
->>>>>>> 5df480c (graft synthesize: pairs from the model itself, the same bytes after any stop and for any number of processes; caption datasets)
 
     `source` is one of
     - `fashion-10`: the shipped stratified 10 % of Fashion-MNIST's training set, [6000, 1, 32, 32];
@@ -48,17 +43,14 @@ def load_dataset(source: str | Path) -> ImageLabelDataset | CaptionDataset:
         return _fashion(*load_full(folder, split), f"fashion-{split}")
     path = Path(source)
     if path.is_dir():
-<<<<<<< HEAD
         if is_latents(path):
             return LatentDataset.open(path)
         if (path / "parts" / "job.json").is_file():
             raise DataError(
                 f"the latents in {path} are not finished; give the same graft encode command again"
             )
-=======
         if is_caption_folder(path):
             return CaptionDataset(path)
->>>>>>> 5df480c (graft synthesize: pairs from the model itself, the same bytes after any stop and for any number of processes; caption datasets)
         if has_idx_files(path):
             return _fashion(*load_full(path, "train"), "fashion-train")
         raise DataError(
