@@ -7,4 +7,16 @@ from grafting.cli import runs, status, models, analysis, images, data, text, stu
 from grafting.cli.app import app
 from grafting.cli.entry import main
 
-__all__ = ["analysis", "app", "bench", "data", "images", "main", "models", "runs", "status", "studies", "text"]
+__all__ = [
+    "analysis",
+    "app",
+    "bench",
+    "data",
+    "images",
+    "main",
+    "models",
+    "runs",
+    "status",
+    "studies",
+    "text",
+]

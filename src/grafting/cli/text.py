@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, parse_dtype
-from grafting.cli.options import Device, Dtype, Resume, Seed
+from grafting.cli.common import new_console, parse_dtype, spread
+from grafting.cli.options import Device, Dtype, Processes, Resume, Seed
 
 
 @app.command()
@@ -27,24 +26,19 @@ def synthesize(
     shard_size: Annotated[int, typer.Option(min=1, help="Pairs per file: what a stop can lose.")] = 64,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of a caption; default the pipeline's own.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes (GPUs) to spread over.")] = 1,
+    processes: Processes = 1,
     resume: Resume = False, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Sample image-text pairs from a text-to-image model itself: latents and encoded captions, to train on."""
-    from grafting.cli.runs import _launch
-    from grafting.loading import as_device
     from grafting.synthesis import Synthesis
     from grafting.synthesis import synthesize as make
-    from grafting.training.compute import make_compute
 
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        _launch(processes)
+    compute = spread(processes, device)
     settings = Synthesis(
         num=num, steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size,
         shard_size=shard_size, seed=seed, max_tokens=max_tokens, truncate=truncate,
     )  # fmt: skip
-    compute = make_compute(as_device(device), "fp32")
-    console = new_console()
+    console = new_console(quiet=not compute.is_main)
     page = make(
         source, prompts, out, settings, compute=compute, dtype=parse_dtype(dtype), resume=resume,
         progress=lambda what, done, total: console.progress("synthesize", done, total, what),
