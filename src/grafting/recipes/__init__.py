@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from grafting.errors import RunError
+from grafting.recipes.equal_budget import EQUAL_BUDGET
 from grafting.recipes.presets import PRESETS
 from grafting.recipes.rows import merged, row_recipe
 from grafting.recipes.settings import EvaluateConfig, Pretraining, Recipe, SampleConfig
-from grafting.recipes.table import EXPERIMENTS
+from grafting.recipes.table import PAPER_STUDIES
 from grafting.training.config import settings
 from grafting.yaml_io import load_yaml
 
 __all__ = [
-    "PRESETS", "EvaluateConfig", "Pretraining", "Recipe", "SampleConfig", "experiments", "load_recipe", "packaged",
-    "parse_overrides", "recipe_mapping",
+    "EXPERIMENTS", "PRESETS", "EvaluateConfig", "Pretraining", "Recipe", "SampleConfig", "experiments", "load_recipe",
+    "packaged", "parse_overrides", "recipe_mapping",
 ]  # fmt: skip
+
+
+EXPERIMENTS = {study.name: study for study in (*PAPER_STUDIES, EQUAL_BUDGET)}
 
 
 def packaged() -> list[str]:

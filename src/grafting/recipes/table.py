@@ -252,4 +252,4 @@ LAYER_CHOICE = Study(
     paper_baseline=BASELINE["fid"],
 )  # fmt: skip
 
-EXPERIMENTS = {study.name: study for study in (TABLE_4, OBJECTIVES, DATA_SCALE, LAYER_CHOICE)}
+PAPER_STUDIES = (TABLE_4, OBJECTIVES, DATA_SCALE, LAYER_CHOICE)

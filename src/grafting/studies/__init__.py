@@ -7,8 +7,8 @@ from pathlib import Path
 
 from grafting.console import Console
 from grafting.errors import RunError
+from grafting.recipes import EXPERIMENTS
 from grafting.recipes.rows import Claim, Row, Study, UnavailableError
-from grafting.recipes.table import EXPERIMENTS
 from grafting.studies.ablation import DEMO_ABLATION
 from grafting.studies.donor_init import NAME as DONOR_INIT
 from grafting.studies.donor_init import run_donor_init

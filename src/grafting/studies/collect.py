@@ -63,7 +63,8 @@ def collect(setting: Setting) -> dict[str, Any]:
     for row in rows:
         del row["recipe"]
     if study.summarize is not None:
-        data |= study.summarize(rows)
+        more = study.summarize(rows)
+        data |= {**more, "findings": [*data["findings"], *more.get("findings", [])]}
     weights.write_json(setting.folder / "study.json", data)
     return data
 
