@@ -77,7 +77,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "kernel": HYENA.replace("hyena_x", "{hyena_x: {kernel_size: 0}}"),
         "window": HYENA.replace("hyena_x", "{swa: {window: -3}}"),
         "tags": HYENA + "- !!python/object/apply:os.system [ls]\n",
-        "parallel": "- parallelize: {groups: pairs}\n", "local": HYENA.replace("interleaved-50", "top-local-50"),
+        "overlap": "- parallelize: {groups: [[0, 1], [1, 2]]}\n", "gap": "- parallelize: {groups: [[0, 2]]}\n",
+        "beyond": "- parallelize: {groups: [[3, 4]]}\n", "local": HYENA.replace("interleaved-50", "top-local-50"),
     }  # fmt: skip
     for name, text in plans.items():
         (folder / f"{name}.yaml").write_text(text)
@@ -114,7 +115,8 @@ def bad_inputs() -> list[tuple[str, list[str], str]]:
         "empty": "no entries", "blank": "plan", "operator": "hyena_z", "key": "kernal_size",
         "selector": "interleaved-55",
         "twice": "layer 3", "layer": "layer 4", "kernel": "kernel_size=0", "window": "window=-3", "tags": "tag",
-        "parallel": "", "local": "graft locality", "missing": "missing.yaml",
+        "overlap": "layer 1: in two groups", "gap": "layer 1 lies between", "beyond": "4",
+        "local": "graft locality", "missing": "missing.yaml",
     }  # fmt: skip
     cases = [(f"plan {name}", [*explain, f"{{w}}/{name}.yaml"], word) for name, word in plans.items()]
     apply = ["apply", "{w}/model", "--data", "{w}/data.npz", "--out"]

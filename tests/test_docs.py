@@ -112,10 +112,14 @@ def test_the_plan_in_the_pages_resolves() -> None:
     from grafting import GraftPlan, explain, load_model
     from grafting.yaml_io import load_yaml
 
-    (block,) = blocks("docs/plans.md", "yaml")
-    plan = GraftPlan.from_dict(load_yaml(block, "plan", ValueError))
-    explanation = explain(load_model("arch:DiT-S/8", device="meta"), plan)
-    assert {edit.entry.operator for edit in explanation.edits} == {"hyena_x", "swa", "mlp"}
+    model = load_model("arch:DiT-S/8", device="meta")
+    operators_only, depth = (
+        explain(model, GraftPlan.from_dict(load_yaml(block, "plan", ValueError)))
+        for block in blocks("docs/plans.md", "yaml")
+    )
+    assert {edit.entry.operator for edit in operators_only.edits} == {"hyena_x", "swa", "mlp"}
+    assert depth.depth == (12, 6)
+    assert {group.in_sequence for group in depth.groups} == {None}
 
 
 def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

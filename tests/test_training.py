@@ -180,7 +180,7 @@ def test_the_loss_of_a_step_is_the_regression_on_the_teacher_s_input(
 
 
 def test_losses_default_to_l1_for_mha_and_l2_for_mlp(teacher: nn.Module, data: ImageLabelDataset) -> None:
-    assert DistillConfig().losses == {"mha": "l1", "mlp": "l2"}
+    assert DistillConfig().losses == {"mha": "l1", "mlp": "l2", "block_group": "l1"}
     student = graft(teacher, GraftPlan([Replace("mha", [1], "swa", loss="auto")]))
     with pytest.raises(PlanError, match="auto"):
         distill(student, teacher, data, STAGE_1)

@@ -17,7 +17,9 @@ from grafting.selectors import MAX_LAYERS, Locality, Selector, closest, format_l
 
 INITS = ("donor", "random")
 LOSSES = (None, "l1", "l2", "huber", "auto")
+GROUP_LOSSES = (None, "l1", "l2", "huber")
 MERGES = ("concat", "residual")
+_SHOWN = ("groups", "merge")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}(?:\.[A-Za-z_][A-Za-z0-9_]{0,99}){0,8}")
 
@@ -116,16 +118,26 @@ class Parallelize:
     groups: "pairs", {"size": n, "layers": selector} (layers: "all" if left out), or lists of layer numbers.
     merge: "concat" (the outputs, concatenated, through one linear projection to the width) or "residual" (one
     projection of the branches' residual updates, added to the input).
+    init: of the merge: "donor" averages the outputs (concat) or adds up the updates (residual), "random" draws.
+    loss: of stage 1: l1, l2 or huber; None for the default of the target `block_group`.
+    train: False keeps the groups' initial weights in both stages.
     """
 
     key: ClassVar[str] = "parallelize"
 
     groups: Any
     merge: str = "concat"
+    init: str = "donor"
+    loss: str | None = None
+    train: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", _groups(self.groups))
         _choice(self.merge, "merge", MERGES)
+        _choice(self.init, "init", INITS)
+        _choice(self.loss, "loss", GROUP_LOSSES)
+        if not isinstance(self.train, bool):
+            raise PlanError(f"train: {show(self.train)} is not a boolean; use true or false")
 
     def to_dict(self) -> dict[str, Any]:
         """Plan-file form of this entry, defaults left out."""
@@ -134,12 +146,14 @@ class Parallelize:
             groups = groups.to_dict()
         elif not isinstance(groups, str):
             groups = [list(group) for group in groups]
-        return {self.key: {"groups": groups} | ({} if self.merge == "concat" else {"merge": self.merge})}
+        defaults = (("merge", "concat"), ("init", "donor"), ("loss", None), ("train", True))
+        rest = {name: getattr(self, name) for name, default in defaults if getattr(self, name) != default}
+        return {self.key: {"groups": groups} | rest}
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> Parallelize:
         """The entry of a plan file: the mapping under the entry's key."""
-        check_keys(body, ("groups",), ("merge",))
+        check_keys(body, ("groups",), ("merge", "init", "loss", "train"))
         return cls(**body)
 
     def resolved(self, num_layers: int, locality: Locality | None = None) -> Parallelize:
@@ -174,11 +188,13 @@ class Parallelize:
                 if isinstance(groups, str)
                 else ", ".join(f"[{format_layers(group)}]" for group in groups)
             )
-        return f"parallelize {shown}, merge {self.merge}"
+        rest = [f"{name} {value}" for name, value in self.to_dict()[self.key].items() if name not in _SHOWN]
+        return ", ".join([f"parallelize {shown}", f"merge {self.merge}", *rest])
 
     def __repr__(self) -> str:
-        merge = "" if self.merge == "concat" else f", merge={self.merge!r}"
-        return f"Parallelize({self.to_dict()[self.key]['groups']!r}{merge})"
+        body = self.to_dict()[self.key]
+        shown = [repr(body.pop("groups")), *(f"{name}={value!r}" for name, value in body.items())]
+        return f"Parallelize({', '.join(shown)})"
 
 
 @dataclass(frozen=True, repr=False)

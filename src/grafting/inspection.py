@@ -34,9 +34,15 @@ def inspect_model(model: nn.Module) -> dict[str, Any]:
     return {
         "architecture": family.architecture(model),
         "num_layers": family.num_layers(model),
+        "depth": len(family.block_paths(model)),
         "params": sum(p.numel() for p in model.parameters()),
         "flops_per_image": flops,
         "share_of_flops": {name: round(share, 4) for name, share in shares.items()},
         "plan": record.plan.to_dict() if record else None,
+        "groups": [
+            {"path": group.path, "layers": list(group.layers), "merge": group.donor.form,
+             "runs": "as one" if group.donor.is_stacked else "in sequence"}
+            for group in family.group_sites(model)
+        ],
         "sites": sites,
-    }
+    }  # fmt: skip

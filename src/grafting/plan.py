@@ -163,6 +163,11 @@ class GraftPlan:
         return tuple(sorted(found))
 
     @property
+    def group_entries(self) -> dict[tuple[int, ...], Parallelize]:
+        """Which `Parallelize` makes each group of layers. For a resolved plan; else PlanError."""
+        return {g: e for e in self._resolved_entries() if isinstance(e, Parallelize) for g in e.groups}
+
+    @property
     def pruned(self) -> tuple[int, ...]:
         """Sorted numbers of the pruned layers. For a resolved plan; else PlanError."""
         return tuple(sorted(n for e in self._resolved_entries() if isinstance(e, Prune) for n in e.layers))

@@ -6,18 +6,20 @@ The edited model carries a `GraftRecord`, so that it can say what was done to it
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from grafting import draws, operators
+from grafting.depth import depth_edits, meta_copy, open_groups, rearrange
 from grafting.errors import GraftError, PlanError
+from grafting.explanation import Edit, Explanation
 from grafting.families import Family, Site, family_of
 from grafting.formats.weights import combined_digest, digests
 from grafting.operators import Cost
-from grafting.plan import GraftPlan, Replace
+from grafting.plan import GraftPlan, Parallelize, Replace
 from grafting.selectors import Locality
 
 _RECORD = "graft_record"
@@ -38,58 +40,6 @@ class GraftRecord:
     def base_hash(self) -> str | None:
         """SHA-256 of the whole base."""
         return combined_digest(self.base_digests) if self.base_digests else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edit:
-    """One site and what the plan puts there."""
-
-    site: Site
-    entry: Replace
-    before: Cost
-    after: Cost
-
-    @property
-    def old_operator(self) -> str:
-        return self.site.operator
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
-    """What a plan would do to a model, in numbers; nothing was changed to make it."""
-
-    plan: GraftPlan
-    edits: tuple[Edit, ...]
-    num_layers: int
-    params: tuple[int, int]  # of the model before and after
-    flops_per_image: tuple[float, float]  # likewise, 2 per multiply-add
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "plan": self.plan.to_dict(),
-            "num_layers": self.num_layers,
-            "model": {
-                "params": list(self.params),
-                "flops_per_image": list(self.flops_per_image),
-            },
-            "edits": [
-                {
-                    "layer": edit.site.layer,
-                    "target": edit.site.kind,
-                    "path": edit.site.path,
-                    "from": edit.old_operator,
-                    "to": edit.entry.operator,
-                    "config": edit.entry.config.to_dict(),
-                    "init": edit.entry.init,
-                    "params": [edit.before.params, edit.after.params],
-                    "flops": [edit.before.total, edit.after.total],
-                    "operator_flops": [edit.before.operator, edit.after.operator],
-                    "featurizer_flops": [edit.before.featurizer, edit.after.featurizer],
-                }
-                for edit in self.edits
-            ],
-        }
 
 
 def record_of(model: nn.Module) -> GraftRecord | None:
@@ -132,6 +82,15 @@ def edited_sites(model: nn.Module) -> dict[str, tuple[Site, Replace]]:
     }
 
 
+def edited_groups(model: nn.Module) -> dict[str, tuple[Site, Parallelize]]:
+    """path -> (site, entry) of every group of blocks that a plan put side by side in this model."""
+    record = record_of(model)
+    if record is None:
+        return {}
+    entries = record.plan.group_entries
+    return {site.path: (site, entries[site.layers]) for site in family_of(model).group_sites(model)}
+
+
 def match(
     model: nn.Module, plan: GraftPlan, locality: Locality | None = None
 ) -> tuple[GraftPlan, tuple[Edit, ...]]:
@@ -145,10 +104,6 @@ def match(
         )
     family = family_of(model)
     resolved = plan.resolve(family.num_layers(model), locality)
-    if resolved.groups or resolved.pruned:
-        raise PlanError(
-            "this version carries out replace entries only; parallelize and prune are read and checked, not applied yet"
-        )
     sites = {(site.kind, site.layer): site for site in family.sites(model)}
     kinds = sorted({kind for kind, _ in sites})
     earlier = record_of(model)
@@ -168,6 +123,10 @@ def match(
                 f"not of {entry.target}; change target or operator"
             )
         for layer in entry.layers:
+            if (entry.target, layer) not in sites:
+                raise PlanError(
+                    f"{where}: layer {layer} was pruned in an earlier graft; edit the base with one plan instead"
+                )
             site = sites[entry.target, layer]
             if earlier is not None and (entry.target, layer) in earlier.plan.sites:
                 raise PlanError(
@@ -178,20 +137,35 @@ def match(
                 site=site, entry=entry, after=_check_operator(site, entry),
                 before=site.cost,
             ))  # fmt: skip
+    _everything(earlier, resolved, family.num_layers(model))
     return resolved, tuple(sorted(edits, key=lambda edit: (edit.site.layer, edit.site.kind)))
 
 
 def explain(model: nn.Module, plan: GraftPlan, locality: Locality | None = None) -> Explanation:
     """What `plan` would do to `model`, with parameters and FLOPs before and after; touches nothing."""
     resolved, edits = match(model, plan, locality)
-    params = sum(p.numel() for p in model.parameters())
-    flops = family_of(model).flops_per_image(model)
-    return Explanation(
+    family = family_of(model)
+    params, flops = sum(p.numel() for p in model.parameters()), family.flops_per_image(model)
+    num_layers, depth = family.num_layers(model), len(family.block_paths(model))
+    said = Explanation(
         plan=resolved,
         edits=edits,
-        num_layers=family_of(model).num_layers(model),
+        num_layers=num_layers,
+        depth=(depth, depth),
         params=(params, params + sum(edit.after.params - edit.before.params for edit in edits)),
         flops_per_image=(flops, flops + sum(edit.after.total - edit.before.total for edit in edits)),
+    )
+    if not (resolved.groups or resolved.pruned):
+        return said
+    student = _carried_out(meta_copy(model), resolved, edits, seed=0)
+    groups, pruned = depth_edits(family, model, student, resolved)
+    return replace(
+        said,
+        groups=groups,
+        pruned=pruned,
+        depth=(depth, len(family.block_paths(student))),
+        params=(params, sum(p.numel() for p in student.parameters())),
+        flops_per_image=(flops, family.flops_per_image(student)),
     )
 
 
@@ -211,10 +185,38 @@ def graft(model: nn.Module, plan: GraftPlan, *, seed: int = 0, locality: Localit
         architecture=family.architecture(model),
         base_digests=earlier.base_digests if earlier else digests(model),
     )
-    replacements = {edit.site.path: make_operator(family, edit.site, edit.entry, seed) for edit in edits}
-    student = _copy_with(model, replacements)
+    student = _carried_out(model, resolved, edits, seed)
     set_record(student, record)
     return student
+
+
+def _carried_out(model: nn.Module, resolved: GraftPlan, edits: tuple[Edit, ...], seed: int) -> nn.Module:
+    """A copy of `model` with all entries of a matched plan carried out; it has no record yet."""
+    family, earlier = family_of(model), record_of(model)
+    sites = {(site.kind, site.layer): site for site in family.sites(model)}
+    made = {}
+    for edit in edits:
+        site = sites[edit.site.kind, edit.site.layer]
+        made[site.path] = make_operator(family, site, edit.entry, seed)
+    student = _copy_with(model, made)
+    open_groups(family, student, {edit.site.layer for edit in edits})
+    for path, operator in made.items():
+        student.set_submodule(path, operator)
+    everything = _everything(earlier, resolved, family.num_layers(model))
+    rearrange(family, student, resolved, everything, seed)
+    return student
+
+
+def _everything(earlier: GraftRecord | None, resolved: GraftPlan, num_layers: int) -> GraftPlan:
+    """This plan and those of earlier grafts as one, which must be one that could be carried out at once."""
+    if earlier is None:
+        return resolved
+    try:
+        return GraftPlan([*earlier.plan, *resolved]).resolve(num_layers)
+    except PlanError as error:
+        raise PlanError(
+            f"{error} (entries of an earlier graft are counted first); edit the base with one plan instead"
+        ) from None
 
 
 def make_operator(
@@ -273,5 +275,8 @@ def _copy_with(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Modul
     """A deep copy in which the modules at these paths are new; the replaced ones are not copied."""
     memo: dict[int, Any] = {}
     for path, operator in replacements.items():
-        memo[id(model.get_submodule(path))] = operator
+        try:
+            memo[id(model.get_submodule(path))] = operator
+        except AttributeError:
+            continue  # in a branch of a group whose branches run as one: replaced when the group is open
     return copy.deepcopy(model, memo)

@@ -50,11 +50,14 @@ def measure_plan(
     times = time_in_turns(passes, repeat, device)
     latency = [statistics.median(t) for t in times]
     counted = plan_cost(before, plan, locality)
+    at = [{(site.kind, site.layer): site.donor for site in family_of(m).sites(m)} for m in (before, after)]
     rows = []
     for row in counted["rows"]:
         edit = _edit_of(row, edits)
+        if edit is None:  # of the depth, which has no operator to time alone
+            continue
         x = _tokens(edit, batch_size, seed, next(model.parameters()))
-        alone = [_call(m.get_submodule(edit.site.path), x) for m in (before, after)]
+        alone = [_call(found[edit.site.kind, edit.site.layer], x) for found in at]
         milliseconds = [statistics.median(t) for t in time_in_turns(alone, repeat, device)]
         rows.append({
             "target": row["target"], "operator": row["operator"], "layers": row["layers"], "layer_ms": milliseconds
@@ -164,8 +167,8 @@ def _tokens(edit: Edit, batch_size: int, seed: int, like: torch.Tensor) -> torch
     return draws.normal(seed, "latency/tokens", index, (edit.site.num_tokens, edit.site.width)).to(like.dtype)
 
 
-def _edit_of(row: dict[str, Any], edits: Sequence[Edit]) -> Edit:
-    return next(e for e in edits if e.site.kind == row["target"] and e.site.layer == row["layers"][0])
+def _edit_of(row: dict[str, Any], edits: Sequence[Edit]) -> Edit | None:
+    return next((e for e in edits if e.site.kind == row["target"] and e.site.layer in row["layers"]), None)
 
 
 def _quartiles(times: Sequence[float]) -> list[float]:

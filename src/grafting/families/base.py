@@ -6,7 +6,7 @@ Axes: B batch, C channels, H W height and width, N tokens, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grafting import operators
-from grafting.errors import DataError, GraftError
+from grafting.errors import DataError, GraftError, PlanError
 from grafting.operators import AttentionDonor, Cost, MLPDonor
 
 
@@ -22,14 +22,15 @@ from grafting.operators import AttentionDonor, Cost, MLPDonor
 class Site:
     """One seam of a model where an operator sits and may be replaced."""
 
-    path: str  # of the module in the model, such as "blocks.3.attn"
-    kind: str  # "mha" or "mlp"
-    layer: int  # the teacher's block number
+    path: str  # of the module in the model, such as "blocks.3.attn"; of a run of blocks "blocks.2-3"
+    kind: str  # "mha" or "mlp"; "block_group" for blocks in sequence or side by side
+    layer: int  # the teacher's block number; of a group the first
     donor: nn.Module  # the operator there now
     num_tokens: int
     grid: tuple[int, int]
     width: int
     num_heads: int
+    layers: tuple[int, ...] = ()  # of a group: all of its blocks
     # Of a host's own module, which knows nothing of this package; an operator says both itself.
     host_operator: str | None = None
     host_cost: Cost | None = None
@@ -48,6 +49,8 @@ class Site:
         return operators.cost_of(self.donor, num_tokens=self.num_tokens, dim=self.width)
 
     def __str__(self) -> str:
+        if self.layers:
+            return f"layers {self.layers[0]}-{self.layers[-1]} ({self.kind}, {self.path})"
         return f"layer {self.layer} ({self.kind}, {self.path})"
 
 
@@ -57,6 +60,7 @@ class Tap(NamedTuple):
     input: Tensor  # [B, N, D]
     output: Tensor  # [B, N, D], before the gate
     gate: Tensor | None  # [B, 1, D]
+    cond: Tensor | None = None  # of a group of blocks: the conditioning they are called with
 
 
 class Family(ABC):
@@ -75,11 +79,42 @@ class Family(ABC):
 
     @abstractmethod
     def num_layers(self, model: nn.Module) -> int:
-        """Number of blocks."""
+        """Number of blocks of the unedited model."""
 
     @abstractmethod
     def block_paths(self, model: nn.Module) -> list[str]:
-        """Module path of every block."""
+        """Module path of every block, as they are now."""
+
+    def layout(self, model: nn.Module) -> tuple[tuple[int, ...], ...]:
+        """Which blocks of the unedited model each present block holds: one, or those of a group."""
+        return tuple((layer,) for layer in range(self.num_layers(model)))
+
+    def set_blocks(
+        self, model: nn.Module, blocks: Sequence[nn.Module], layout: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Give the model other blocks, in place. Raises PlanError for a family whose depth can't be edited."""
+        raise PlanError(f"the family '{self.name}' can't parallelize or prune blocks; use replace entries")
+
+    def span(self, model: nn.Module, layers: Sequence[int]) -> Site:
+        """These consecutive blocks of the unedited model as one site, for `taps`."""
+        raise PlanError(f"the family '{self.name}' has no groups of blocks")
+
+    def group_sites(self, model: nn.Module) -> list[Site]:
+        """The groups of blocks that an edit put into the model."""
+        return []
+
+    def teacher_name(self, model: nn.Module, name: str) -> str:
+        """The name that a tensor of the state dict has in the unedited model, if it is there at all."""
+        return name
+
+    def feature_layers(self, model: nn.Module) -> tuple[int, ...]:
+        """Per present block, the last block of the unedited model that it stands for.
+
+        A group stands for all of its blocks; a block before pruned ones stands for these too, since what it makes is
+        what the next block gets.
+        """
+        starts = [layers[0] for layers in self.layout(model)][1:]
+        return (*(start - 1 for start in starts), self.num_layers(model) - 1)
 
     @abstractmethod
     def donor_weights(self, site: Site) -> AttentionDonor | MLPDonor | None:
@@ -97,13 +132,13 @@ class Family(ABC):
     def taps(
         self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, paths: Collection[str]
     ) -> dict[str, Tap]:
-        """One pass under no_grad that returns what the operators at `paths` saw and made."""
+        """One pass under no_grad that returns what the operators, or spans of blocks, at `paths` saw and made."""
 
     @abstractmethod
     def predict_with_features(
         self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, layers: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The prediction and the outputs [B, N, D] of the blocks asked for."""
+        """The prediction and the outputs [B, N, D] of the blocks asked for, by `feature_layers`' numbers."""
 
     @abstractmethod
     def sample_shape(self, model: nn.Module) -> tuple[int, int, int]:

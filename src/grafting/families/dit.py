@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from grafting.errors import CheckpointError, GraftError
 from grafting.families.base import Family, Site, Tap
 from grafting.formats import dit_states, weights
 from grafting.models.dit import DiT, DiTConfig, named_config
+from grafting.models.groups import BlockGroup
 from grafting.operators import AttentionDonor, MLPDonor
 
 _SEAMS = {"mha": "attn", "mlp": "mlp"}  # kind of site -> attribute of the block
+_SPAN = re.compile(r"blocks\.(\d+)-(\d+)")
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(?:branches\.(\d+)\.)?(.+)")
 
 
 class DiTFamily(Family):
@@ -29,19 +33,9 @@ class DiTFamily(Family):
         return isinstance(model, DiT)
 
     def sites(self, model: nn.Module) -> list[Site]:
-        config = _config(model)
         return [
-            Site(
-                path=f"blocks.{layer}.{attribute}",
-                kind=kind,
-                layer=layer,
-                donor=getattr(block, attribute),
-                num_tokens=config.num_tokens,
-                grid=config.grid,
-                width=config.hidden_size,
-                num_heads=config.num_heads,
-            )
-            for layer, block in enumerate(model.blocks)  # type: ignore[arg-type]
+            _site(model, f"{path}.{attribute}", kind, layer, getattr(block, attribute))
+            for path, layer, block in _plain_blocks(model)
             for kind, attribute in _SEAMS.items()
         ]
 
@@ -49,7 +43,39 @@ class DiTFamily(Family):
         return _config(model).depth
 
     def block_paths(self, model: nn.Module) -> list[str]:
-        return [f"blocks.{layer}" for layer in range(self.num_layers(model))]
+        return [f"blocks.{number}" for number in range(len(_blocks(model)))]
+
+    def layout(self, model: nn.Module) -> tuple[tuple[int, ...], ...]:
+        return model.layout  # type: ignore[return-value]
+
+    def set_blocks(
+        self, model: nn.Module, blocks: Sequence[nn.Module], layout: tuple[tuple[int, ...], ...]
+    ) -> None:
+        model.blocks = nn.ModuleList(blocks).train(model.training)
+        model.layout = tuple(tuple(layers) for layers in layout)  # type: ignore[assignment]
+
+    def span(self, model: nn.Module, layers: Sequence[int]) -> Site:
+        present = [*zip(self.layout(model), _blocks(model), strict=True)]
+        donor = nn.ModuleList(block for held, block in present if set(held) & set(layers))
+        path = f"blocks.{layers[0]}-{layers[-1]}"
+        return _site(model, path, "block_group", layers[0], donor, tuple(layers))
+
+    def group_sites(self, model: nn.Module) -> list[Site]:
+        return [
+            _site(model, f"blocks.{number}", "block_group", block.layers[0], block, block.layers)
+            for number, block in enumerate(_blocks(model))
+            if isinstance(block, BlockGroup)
+        ]
+
+    def teacher_name(self, model: nn.Module, name: str) -> str:
+        match = _IN_BLOCK.fullmatch(name)
+        if match is None:
+            return name
+        block, branch, rest = match.groups()
+        layers = self.layout(model)[int(block)]
+        if branch is None:
+            return f"blocks.{layers[0]}.{rest}" if len(layers) == 1 else name
+        return f"blocks.{layers[int(branch)]}.{rest}"
 
     def donor_weights(self, site: Site) -> AttentionDonor | MLPDonor | None:
         operator = getattr(site.donor, "operator_name", None)
@@ -90,16 +116,29 @@ class DiTFamily(Family):
     def taps(
         self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, paths: Collection[str]
     ) -> dict[str, Tap]:
-        wanted, found = set(paths), {}
-        last = max((int(path.split(".")[1]) for path in wanted), default=-1)
+        wanted = set(paths)
+        found: dict[str, Tap] = {}
+        spans = {path: (int(m[1]), int(m[2])) for path in wanted if (m := _SPAN.fullmatch(path))}
+        operators_at = {int(path.split(".")[1]) for path in wanted if path not in spans}
+        entered: dict[int, Tensor] = {}  # first block of a span -> its input
         with torch.no_grad():
             h, c = _enter(model, x, t, cond)
-            for layer, block in enumerate(model.blocks[: last + 1]):  # type: ignore[index]
+            for number, (block, layers) in enumerate(zip(_blocks(model), self.layout(model), strict=True)):
+                if len(found) == len(wanted):
+                    break
+                entered[layers[0]] = h
                 seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-                h = block(h, c, seen)
+                h = block(h, c, seen) if number in operators_at else block(h, c)
                 for attribute, values in seen.items():
-                    if (path := f"blocks.{layer}.{attribute}") in wanted:
+                    if (path := f"blocks.{number}.{attribute}") in wanted:
                         found[path] = Tap(*values)
+                for path, (first, last) in spans.items():
+                    if last == layers[-1]:
+                        found[path] = Tap(entered[first], h, None, c)
+                for layer in [
+                    n for n in entered if not any(a == n and b > layers[-1] for a, b in spans.values())
+                ]:
+                    del entered[layer]
         return found
 
     def predict_with_features(
@@ -107,7 +146,7 @@ class DiTFamily(Family):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         h, c = _enter(model, x, t, cond)
         features = {}
-        for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        for layer, block in zip(self.feature_layers(model), _blocks(model), strict=True):
             h = block(h, c)
             if layer in layers:
                 features[layer] = h
@@ -140,11 +179,8 @@ class DiTFamily(Family):
             2.0 * tokens * width * out * (2 if config.learn_sigma else 1) * config.in_channels
             + 4.0 * width**2
         )
-        modulation = 12.0 * width**2 * len(model.blocks)  # type: ignore[arg-type]
-        cores = sum(
-            operators.cost_of(site.donor, num_tokens=tokens, dim=width).total for site in self.sites(model)
-        )
-        return embed + conditioning + head + modulation + cores
+        blocks = sum(operators.cost_of(block, num_tokens=tokens, dim=width).total for block in _blocks(model))
+        return embed + conditioning + head + blocks
 
     def architecture(self, model: nn.Module) -> dict[str, Any]:
         return {"family": self.name, **_config(model).to_dict()}
@@ -183,6 +219,30 @@ def _config(model: nn.Module) -> DiTConfig:
     config = model.config
     assert isinstance(config, DiTConfig)  # owns() holds
     return config
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return list(model.blocks)  # type: ignore[arg-type]
+
+
+def _plain_blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
+    """(path, number in the unedited model, block) of every block, those in groups one by one."""
+    for number, (block, layers) in enumerate(zip(_blocks(model), model.layout, strict=True)):  # type: ignore[arg-type]
+        if isinstance(block, BlockGroup):
+            for branch, layer in enumerate(layers):
+                yield f"blocks.{number}.branches.{branch}", layer, block.branch(branch)
+        else:
+            yield f"blocks.{number}", layers[0], block
+
+
+def _site(
+    model: nn.Module, path: str, kind: str, layer: int, donor: nn.Module, layers: tuple[int, ...] = ()
+) -> Site:
+    config = _config(model)
+    return Site(
+        path=path, kind=kind, layer=layer, donor=donor, num_tokens=config.num_tokens, grid=config.grid,
+        width=config.hidden_size, num_heads=config.num_heads, layers=layers,
+    )  # fmt: skip
 
 
 def _enter(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,10 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
     now = weights.digests(model)
     if not now:
         raise CheckpointError("this model is on the meta device and has no values to save")
-    changed = {name for name, digest in now.items() if record.base_digests.get(name) != digest}
-    shared = {name: state[name].numel() for name in state if name in record.base_digests}
+    family = family_of(model)
+    base_names = {name: family.teacher_name(model, name) for name in state}
+    changed = {name for name, digest in now.items() if record.base_digests.get(base_names[name]) != digest}
+    shared = {name: state[name].numel() for name in state if base_names[name] in record.base_digests}
     total, kept = sum(shared.values()), sum(size for name, size in shared.items() if name not in changed)
     self_contained = not record.base_digests or kept < (1 - SELF_CONTAINED_FROM) * total
     tensors = {name: tensor for name, tensor in state.items() if self_contained or name in changed}
@@ -124,8 +126,10 @@ def load_graft(
             )
         student = _edited(base, plan, manifest)
         own = student.state_dict()
-        same = {name: tensor for name, tensor in base.state_dict().items()
-                if name in own and own[name].shape == tensor.shape}  # fmt: skip
+        family, given = family_of(student), base.state_dict()
+        base_names = {name: family.teacher_name(student, name) for name in own}
+        same = {name: given[base_name] for name, base_name in base_names.items()
+                if base_name in given and own[name].shape == given[base_name].shape}  # fmt: skip
         weights.load_strictly(student, {**own, **same, **tensors}, str(folder))
     set_record(student, GraftRecord(
         plan=plan, seed=manifest["seed"], source=source, architecture=manifest["architecture"], base_digests=digests

@@ -22,7 +22,7 @@ from grafting.formats import weights
 from grafting.formats.dit_states import block_numbers, infer_config
 from grafting.models.dit import DiT, DiTConfig
 from grafting.plan import GraftPlan, Replace
-from grafting.surgery import GraftRecord, graft, record_of, set_record
+from grafting.surgery import GraftRecord, edited_groups, graft, record_of, set_record
 
 _SEAMS = {"attn": "mha", "mlp": "mlp"}
 _DONOR = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
@@ -274,6 +274,10 @@ def export_published(model: nn.Module, path: str | Path) -> None:
     """Write a DiT, edited or not, as a `.pt` of the published form: `model` and `ema` hold its state dict."""
     if not isinstance(model, DiT):
         raise CheckpointError(f"only a DiT has a published layout, not {type(model).__name__}")
+    if edited_groups(model):
+        raise CheckpointError(
+            "a model with blocks side by side has no published layout; keep its graft folder"
+        )
     import io
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grafting import operators
 from grafting.errors import GraftError
+from grafting.operators import Cost
 
 _SIZES = {
     "S": (12, 384, 6),
@@ -165,9 +166,11 @@ class PatchEmbed(nn.Module):
 class DiTBlock(nn.Module):
     """adaLN-Zero block; `attn` and `mlp` are the two seams where operators are swapped."""
 
+    stackable = True
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        width = config.hidden_size
+        self.width = width = config.hidden_size
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = operators.build(
             "mha", dim=width, num_heads=config.num_heads, num_tokens=config.num_tokens
@@ -192,6 +195,15 @@ class DiTBlock(nn.Module):
             taps["attn"] = (h, a, gate_a.unsqueeze(1))
             taps["mlp"] = (g, m, gate_m.unsqueeze(1))
         return torch.addcmul(x, gate_m.unsqueeze(1), m)
+
+    def cost(self, num_tokens: int) -> Cost:
+        """Cost for one sample: both operators, and the projection of the conditioning (as featurizer)."""
+        width = self.width
+        operator, mlp = (
+            operators.cost_of(m, num_tokens=num_tokens, dim=width) for m in (self.attn, self.mlp)
+        )
+        projection = sum(p.numel() for p in self.adaLN_modulation.parameters())
+        return operator + mlp + Cost(0.0, 12.0 * width**2, projection)
 
 
 class FinalLayer(nn.Module):
@@ -224,6 +236,8 @@ class DiT(nn.Module):
         table = sincos_2d(config.hidden_size, config.grid).to(torch.get_default_device())
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        # Which blocks of the unedited model each of `blocks` holds: surgery may group blocks or drop some.
+        self.layout = tuple((layer,) for layer in range(config.depth))
         self.final_layer = FinalLayer(config, self.out_channels)
         self._initialize()
 

@@ -94,6 +94,7 @@ class MultiHeadAttention(Operator):
     """Multi-head softmax attention over all tokens, as in the published DiT."""
 
     readout_name = "proj"
+    stackable = True
 
     def __init__(self, *, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -133,6 +134,8 @@ class MultiHeadAttention(Operator):
 @register("swa", targets=("mha",), package="grafting")
 class SlidingWindowAttention(Operator):
     """Softmax attention over the neighbours |i - j| <= window, on both sides; linear in N."""
+
+    stackable = True
 
     def __init__(self, *, dim: int, num_heads: int, window: Annotated[int, Field(ge=0)] = 4) -> None:
         super().__init__()

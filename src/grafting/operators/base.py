@@ -76,6 +76,9 @@ class Operator(nn.Module):
 
     readout_name: str = "out_proj"
     operator_name: str = ""
+    # Several of one kind may run as one (models/stacked.py): every sample of a batch is treated alike, and weights are
+    # used only by calling linear layers and depthwise filters.
+    stackable: bool = False
 
     @property
     def readout(self) -> nn.Linear:
@@ -93,7 +96,7 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.readout(self.mix(x))
+        return self.get_submodule(self.readout_name)(self.mix(x))
 
     def cost(self, num_tokens: int) -> Cost:
         """Cost for one sample of `num_tokens` tokens."""

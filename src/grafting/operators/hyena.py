@@ -36,6 +36,7 @@ class Hyena(Operator):
 
     has_featurizer: bool
     has_inner: bool
+    stackable = True
 
     def __init__(self, *, dim: int, kernel_size: KernelSize = 4) -> None:
         super().__init__()
@@ -49,7 +50,8 @@ class Hyena(Operator):
 
     def mix(self, x: Tensor) -> Tensor:
         u = self.in_proj(x)  # [B, N, 3D]
-        if self.has_featurizer and not self.has_inner and gated_filter.available(u):
+        fused = self.has_featurizer and not self.has_inner and gated_filter.available(u)
+        if fused and isinstance(self.short_filter, DepthwiseFilter):  # not the stacked form
             return gated_filter.gated_filter(u, self.short_filter.weight, self.short_filter.bias)
         if self.has_featurizer:
             u = self.short_filter(u)

@@ -53,6 +53,7 @@ class MLP(Operator):
     """Two linear layers with a tanh-approximated GELU between; `ratio` is the hidden width over D."""
 
     readout_name = "fc2"
+    stackable = True
 
     def __init__(self, *, dim: int, ratio: Ratio = 4) -> None:
         super().__init__()

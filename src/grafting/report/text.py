@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grafting.selectors import format_layers
+
 _SCALES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -28,7 +30,7 @@ def number(value: Any) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """Columns aligned, numbers to the right, one row a line."""
-    cells = [[number(row.get(column)) for column in columns] for row in rows]
+    cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
     widths = [max([len(column), *(len(row[i]) for row in cells)]) for i, column in enumerate(columns)]
     right = [bool(rows) and all(_is_number(row.get(column)) for row in rows) for column in columns]
 
@@ -38,6 +40,13 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
         return "  ".join(placed).rstrip()
 
     return "\n".join(line(row) for row in [list(columns), *cells])
+
+
+def _cell(column: str, value: Any) -> str:
+    """A value under its column; numbers of layers as ranges, where two would else read as before and after."""
+    if column == "layers" and isinstance(value, list) and all(isinstance(layer, int) for layer in value):
+        return format_layers(value)
+    return number(value)
 
 
 def lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:

@@ -35,6 +35,7 @@ class ActivationCache:
     ):
         self.folder, self.arrays, self.size = folder, arrays, size
         self.seed, self.device = stage.config.seed, stage.compute.device
+        self.groups = {pupil.path for pupil in stage.pupils if pupil.site.layers}
         self.dtype = next(stage.teacher.parameters()).dtype
         self.bytes = sum(array.nbytes for triple in arrays.values() for array in triple)
         self.seconds = 0.0  # that collecting took
@@ -72,6 +73,8 @@ class ActivationCache:
             taps = stage.taps(stage.batches.at(rows), paths)
             for path, tap in taps.items():
                 gate = tap.gate if tap.gate is not None else torch.ones_like(tap.output[:, :1])
+                if tap.cond is not None:  # of a group of blocks: in the place of the gate, which it has not
+                    gate = tap.cond[:, None]
                 for array, values in zip(arrays[path], (tap.input, tap.output, gate), strict=True):
                     stored = values.half()
                     if not torch.isfinite(stored).all():
@@ -94,12 +97,13 @@ class ActivationCache:
             chosen = index // self.size == epoch
             rows[chosen] = self._order[index[chosen] % self.size]
         picked = rows.numpy()
-        return {
-            path: Tap(
-                *(torch.from_numpy(array[picked]).to(self.device, self.dtype) for array in self.arrays[path])
+        found = {}
+        for path in paths:
+            x, y, third = (
+                torch.from_numpy(array[picked]).to(self.device, self.dtype) for array in self.arrays[path]
             )
-            for path in paths
-        }
+            found[path] = Tap(x, y, None, third[:, 0]) if path in self.groups else Tap(x, y, third)
+        return found
 
     def __del__(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

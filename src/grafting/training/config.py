@@ -17,7 +17,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 # As the paper found; for targets that `losses` does not name.
-DEFAULT_LOSSES: dict[Literal["mha", "mlp"], Literal["l1", "l2", "huber"]] = {"mha": "l1", "mlp": "l2"}
+Target = Literal["mha", "mlp", "block_group"]
+DEFAULT_LOSSES: dict[Target, Literal["l1", "l2", "huber"]] = {"mha": "l1", "mlp": "l2", "block_group": "l1"}
 
 
 class Settings(BaseModel):
@@ -53,7 +54,7 @@ class Optimization(Settings):
 class DistillConfig(Optimization):
     """Stage 1. Losses of the plan's entries win over `losses`, which is per target."""
 
-    losses: dict[Literal["mha", "mlp"], Literal["l1", "l2", "huber"]] = dict(DEFAULT_LOSSES)
+    losses: dict[Target, Literal["l1", "l2", "huber"]] = dict(DEFAULT_LOSSES)
     mode: Literal["one-pass", "cached"] = "one-pass"
     fit_readout: bool = True
     fit_samples: Count = 256

@@ -2,7 +2,9 @@
 
 arXiv 2506.05340, section 3: E[L(g(x), f(x))]. All operators learn in one pass: one forward of the frozen teacher
 gives the taps of all sites; each student operator in turn does its forward, loss and backward, so that one
-operator's graph is alive at a time; then one optimizer step for all.
+operator's graph is alive at a time; then one optimizer step for all. A group of blocks side by side is one more pupil,
+taught by the output of its blocks in sequence; operators that the plan replaced inside of it have their own lesson, and
+their weights learn from that alone.
 Axes: B batch, N tokens, D width.
 """
 
@@ -20,14 +22,16 @@ from torch import Tensor, nn
 
 from grafting import operators
 from grafting.data import DataSource
+from grafting.depth import open_groups, randomly_merged
 from grafting.errors import DivergedError, PlanError
 from grafting.families import Family, Site, Tap
-from grafting.plan import Replace
-from grafting.surgery import edited_sites, make_operator, record_of
+from grafting.models.groups import BlockGroup
+from grafting.plan import Parallelize, Replace
+from grafting.surgery import edited_groups, edited_sites, make_operator, record_of
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import DEFAULT_LOSSES, DistillConfig, settings
-from grafting.training.initialization import ReadoutFit, relative_error
+from grafting.training.initialization import ReadoutFit, relative_error, run_on
 from grafting.training.loop import (
     Batch,
     Batches,
@@ -74,10 +78,11 @@ class DistillResult:
 
 @dataclass
 class _Pupil:
-    """One operator in training and its bookkeeping."""
+    """One operator, or group of blocks, in training and its bookkeeping."""
 
-    path: str
+    path: str  # of the donor in the teacher
     site: Site
+    entry: Replace | Parallelize
     operator: nn.Module
     loss: str
     scaled: bool
@@ -90,7 +95,7 @@ class _Pupil:
 
     def loss_on(self, tap: Tap) -> Tensor:
         """The regression loss of this operator on one tap; with `scaled`, both sides carry the block's gate."""
-        output, target = self.operator(tap.input), tap.output
+        output, target = run_on(self.operator, tap), tap.output
         if self.scaled and tap.gate is not None:
             output, target = output * tap.gate, target * tap.gate
         return _LOSSES[self.loss](output.float(), target.float())
@@ -129,15 +134,14 @@ class _Stage:
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
         self.config, self.compute, self.journal = config, compute, journal
-        sites = edited_sites(student)
-        if not sites:
-            raise PlanError("this model has no replaced operators: distill trains what graft() put in")
-        self.sites = sites
-        self.pupils = [
-            _Pupil(path=path, site=site, operator=site.donor, loss=self._loss_of(entry), scaled=entry.scale_by_gate,
-                   parameters=[p for p in site.donor.parameters() if p.requires_grad])
-            for path, (site, entry) in sites.items() if entry.train
-        ]  # fmt: skip
+        if not edited_sites(student) and not edited_groups(student):
+            raise PlanError(
+                "this model has no replaced operators or groups of blocks: distill trains what graft() put in; "
+                "leave stage 1 out (distill: null)"
+            )
+        # An operator learns on its own, so its group must not hold its weights among others.
+        self.opened = open_groups(family, student, {site.layer for site, _ in edited_sites(student).values()})
+        self.pupils = self._pupils()
         train, validation = split(data, config.num_validation, config.seed)
         self.batches = Batches(
             train, family, teacher, seed=config.seed, purpose=STAGE,
@@ -147,13 +151,44 @@ class _Stage:
             held_out(self.batches, validation, config.batch_size) if validation is not None else []
         )
 
-    def _loss_of(self, entry: Replace) -> str:
-        if entry.loss == "auto":
+    def _pupils(self) -> list[_Pupil]:
+        """The operators, then the groups of blocks; a weight has one owner."""
+        sites, groups = edited_sites(self.student), edited_groups(self.student)
+        donors = {(site.kind, site.layer): site.path for site in self.family.sites(self.teacher)}
+        pupils = [
+            _Pupil(
+                path=donors[site.kind, site.layer], site=site, entry=entry, operator=site.donor,
+                loss=self._loss_of(entry.loss, entry.target), scaled=entry.scale_by_gate,
+                parameters=[p for p in site.donor.parameters() if p.requires_grad],
+            )
+            for site, entry in sites.values() if entry.train
+        ]  # fmt: skip
+        owned = {id(p) for site, _ in sites.values() for p in site.donor.parameters()}
+        pupils += [
+            _Pupil(
+                path=self.family.span(self.teacher, site.layers).path, site=site, entry=entry, operator=site.donor,
+                loss=self._loss_of(entry.loss, site.kind), scaled=False,
+                parameters=[p for p in site.donor.parameters() if p.requires_grad and id(p) not in owned],
+            )
+            for site, entry in groups.values() if entry.train
+        ]  # fmt: skip
+        return pupils
+
+    def _loss_of(self, given: str | None, target: str) -> str:
+        if given == "auto":
             raise PlanError("loss: auto needs an activations file; choose l1, l2 or huber")
         losses = {str(target): loss for target, loss in (DEFAULT_LOSSES | self.config.losses).items()}
-        return entry.loss or losses.get(entry.target, "l1")
+        return given or losses.get(target, "l1")
 
     def run(self) -> DistillResult:
+        """Train, and leave the student as it runs best."""
+        try:
+            return self._run()
+        finally:
+            for group in self.opened:
+                group.stack()
+
+    def _run(self) -> DistillResult:
         config, pupils = self.config, self.pupils
         state = self.journal.load_checkpoint(STAGE)
         optimizer = make_optimizer(
@@ -235,7 +270,8 @@ class _Stage:
             for pupil in active:
                 with compute.autocast():
                     loss = pupil.loss_on(taps.pop(pupil.path)) * weight
-                loss.backward()
+                # A group's loss does not reach the operators in it that have a lesson of their own.
+                loss.backward(inputs=pupil.parameters if isinstance(pupil.entry, Parallelize) else None)
                 found[pupil.path] = found.get(pupil.path, 0) + loss.detach()
         compute.sum_gradients([parameter for pupil in active for parameter in pupil.parameters])
         for pupil in active:
@@ -265,40 +301,50 @@ class _Stage:
             taps = self.taps(batch, list(modules))
             for path, module in modules.items():
                 with self.compute.autocast():
-                    output = module(taps[path].input)
+                    output = run_on(module, taps[path])
                 totals[path] += relative_error(output, taps[path].output).item() / len(batches)
         total = self.compute.sum(torch.tensor(list(totals.values()), device=self.compute.device))
         return dict(zip(totals, total.tolist(), strict=True))  # the same on all processes: they rest together
 
     def _start(self) -> dict[str, dict[str, float]]:
         """Fit the readouts (donor starts) and log the error at step 0 of random, copied and fitted operators."""
-        config, record = self.config, record_of(self.student)
-        seed = record.seed if record else 0
-        donors = {site.path: site for site in self.family.sites(self.teacher)}
-        found: dict[str, dict[str, float]] = {}
-        by_entry = {path: entry for path, (_, entry) in self.sites.items()}
-        random = {
-            pupil.path: make_operator(
-                self.family, donors[pupil.path], by_entry[pupil.path], seed, init="random"
-            )
-            for pupil in self.pupils
-        }
-        found["random"] = self.errors(random)
-        del random
-        donor_started = {p.path: p.operator for p in self.pupils if by_entry[p.path].init == "donor"}
-        if donor_started:
-            found["copied"] = self.errors(donor_started)
+        config = self.config
+        found: dict[str, dict[str, float]] = {"random": self.errors(self._random())}
+        started = [pupil for pupil in self.pupils if pupil.entry.init == "donor"]
+        operators_, groups = (
+            {p.path: p.operator for p in started if isinstance(p.entry, kind)}
+            for kind in (Replace, Parallelize)
+        )
+        if started:
+            found["copied"] = self.errors(operators_ | groups)
             if config.fit_readout:
-                found["fitted"] = self._fit_where_better(donor_started, found["copied"])
+                # A merge is fitted to branches that hold their fitted operators.
+                found["fitted"] = self._fit_where_better(operators_) | self._fit_where_better(groups)
         self.journal.log({"stage": STAGE, "step": 0, "event": "start", "error": found})
         if self.validation:
             self._note_best(0, self.errors())
         return found
 
-    def _fit_where_better(
-        self, modules: Mapping[str, nn.Module], copied: Mapping[str, float]
-    ) -> dict[str, float]:
+    def _random(self) -> dict[str, nn.Module]:
+        """Every pupil from a random start: a new operator, or a group under a random merge."""
+        record = record_of(self.student)
+        seed = record.seed if record else 0
+        donors = {site.path: site for site in self.family.sites(self.teacher)}
+        found: dict[str, nn.Module] = {}
+        for pupil in self.pupils:
+            if isinstance(pupil.entry, Replace):
+                found[pupil.path] = make_operator(
+                    self.family, donors[pupil.path], pupil.entry, seed, init="random"
+                )
+            elif isinstance(pupil.operator, BlockGroup):
+                found[pupil.path] = randomly_merged(pupil.operator, pupil.path, seed)
+        return found
+
+    def _fit_where_better(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """Fit the readouts; one whose held-out error grew goes back to the copy (a wider MLP is exact as copied)."""
+        if not modules:
+            return {}
+        copied = self.errors(modules)
         before = {path: copy.deepcopy(module.state_dict()) for path, module in modules.items()}
         self._fit(modules)
         fitted = self.errors(modules)
@@ -317,11 +363,11 @@ class _Stage:
         )  # fmt: skip
         fits = {
             path: ReadoutFit(module, self.compute.device)
-            for path, module in modules.items() if isinstance(module, operators.Operator)
+            for path, module in modules.items() if isinstance(module, (operators.Operator, BlockGroup))
         }  # fmt: skip
         for chunk in torch.arange(size).split(self.config.batch_size):
             for path, tap in self.taps(calibration.at(chunk), list(fits)).items():
-                fits[path].add(Tap(tap.input.float(), tap.output.float(), None))
+                fits[path].add(Tap(tap.input.float(), tap.output.float(), None, tap.cond))
         for fit in fits.values():
             fit.solve(self.config.fit_ridge)
 

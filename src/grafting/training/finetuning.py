@@ -14,7 +14,7 @@ from grafting.data import DataSource
 from grafting.diffusion import loss_from_output, sample
 from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family
-from grafting.surgery import edited_sites
+from grafting.surgery import edited_groups, edited_sites
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import FinetuneConfig, settings
 from grafting.training.loop import (
@@ -91,8 +91,10 @@ def trained_parameters(family: Family, student: nn.Module, what: str) -> dict[st
 
     Parameters of operators with `train: false` and fixed tables are never among them. Raises PlanError.
     """
-    sites = edited_sites(student)
-    fixed = tuple(f"{path}." for path, (_, entry) in sites.items() if not entry.train)
+    sites, groups = edited_sites(student), edited_groups(student)
+    kept = [path for path, (_, entry) in sites.items() if not entry.train]
+    kept += [path for path, (_, entry) in groups.items() if not entry.train]
+    fixed = tuple(f"{path}." for path in kept)
     parameters = {
         name: p
         for name, p in student.named_parameters()
@@ -100,13 +102,15 @@ def trained_parameters(family: Family, student: nn.Module, what: str) -> dict[st
     }
     if what == "all":
         return parameters
-    if not sites:
-        raise PlanError(f"train: {what} needs an edited model; this one has no replaced operators")
-    if what == "operators":
-        prefixes = tuple(f"{path}." for path in sites)
-    else:
-        blocks = family.block_paths(student)
-        prefixes = tuple(f"{blocks[site.layer]}." for site, _ in sites.values())
+    if not sites and not groups:
+        raise PlanError(
+            f"train: {what} needs an edited model; this one has no replaced operators or groups of blocks"
+        )
+    prefixes = tuple(f"{path}." for path in (*sites, *groups))  # all of a group is new
+    if what == "blocks":
+        edited = {site.layer for site, _ in sites.values()}
+        present = zip(family.block_paths(student), family.layout(student), strict=True)
+        prefixes += tuple(f"{path}." for path, layers in present if edited & set(layers))
     return {name: p for name, p in parameters.items() if name.startswith(prefixes)}
 
 
@@ -130,7 +134,7 @@ class _Stage:
         self.held_out = (
             held_out(self.batches, validation, config.batch_size) if validation is not None else []
         )
-        self.layers = tuple(range(family.num_layers(student)))
+        self.layers = family.feature_layers(student)
         horizon = max(1.0, config.ema_horizon * config.steps)
         self.decay = config.ema_decay if config.ema_decay is not None else 1 - 1 / horizon
 

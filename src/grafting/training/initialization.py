@@ -11,17 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from grafting.families import Tap
+from grafting.models.groups import BlockGroup
 from grafting.operators import Operator
+
+
+def run_on(module: nn.Module, tap: Tap) -> Tensor:
+    """What an operator, or a group of blocks, makes of the input of a tap: [B, N, D]."""
+    return module(tap.input) if tap.cond is None else module(tap.input, tap.cond)
 
 
 class ReadoutFit:
     """Ridge least squares of an operator's last linear layer, tap by tap: memory does not grow with their number.
 
     Minimises sum ||W z + b - y||^2 + lambda ||W - W0||^2 over tokens, z = mix(x) [B, N, F], y the donor's output,
-    W0 the layer as it is; lambda = ridge * mean diagonal of the normal matrix.
+    W0 the layer as it is; lambda = ridge * mean diagonal of the normal matrix. Of a group of blocks the layer is the
+    merge, and y the output of the blocks in sequence (less the input, where the merge is of residual updates).
     """
 
-    def __init__(self, operator: Operator, device: torch.device) -> None:
+    def __init__(self, operator: Operator | BlockGroup, device: torch.device) -> None:
         self.operator, readout = operator, operator.readout
         self.wide = torch.float32 if device.type == "mps" else torch.float64
         size = readout.in_features + 1
@@ -32,10 +39,16 @@ class ReadoutFit:
     def add(self, tap: Tap) -> None:
         """Take in the tokens of one tap."""
         readout = self.operator.readout
-        features = self.operator.mix(tap.input.to(readout.weight.dtype)).reshape(-1, readout.in_features)
-        residual = tap.output.reshape(-1, readout.out_features).to(self.wide) - readout(features).to(
-            self.wide
-        )
+        x = tap.input.to(readout.weight.dtype)
+        if isinstance(self.operator, BlockGroup):
+            assert tap.cond is not None
+            features = self.operator.mix(x, tap.cond.to(x.dtype))
+            made = self.operator.finish(features, x)
+        else:
+            features = self.operator.mix(x)
+            made = readout(features)
+        features = features.reshape(-1, readout.in_features)
+        residual = (tap.output.to(self.wide) - made.to(self.wide)).reshape(-1, readout.out_features)
         last = torch.full_like(features[:, :1], 1.0 if readout.bias is not None else 0.0)
         z = torch.cat([features, last], dim=1).to(self.wide)
         self.normal = torch.addmm(self.normal, z.T, z)
@@ -62,7 +75,7 @@ class ReadoutFit:
 
 def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: torch.device) -> bool:
     """`ReadoutFit` on some taps; False for an operator without a readout."""
-    if not isinstance(operator, Operator):
+    if not isinstance(operator, (Operator, BlockGroup)):
         return False
     fit = ReadoutFit(operator, device)
     for tap in taps:

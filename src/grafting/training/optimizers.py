@@ -12,19 +12,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from grafting.models.stacked import StackedLinear
 from grafting.training.config import Optimization
 
 MOMENTUM = 0.9
 
 
 class Optimizers:
-    """Several optimizers as one."""
+    """Several optimizers as one.
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        self.parts = list(parts)
+    slices: parameters [n, ...] and the n parameters, views of their rows, that the optimizers hold in their place.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[torch.optim.Optimizer],
+        slices: Sequence[tuple[nn.Parameter, Sequence[nn.Parameter]]] = (),
+    ) -> None:
+        self.parts, self.slices = list(parts), list(slices)
 
     def step(self) -> None:
         """One step of each."""
+        for whole, rows in self.slices:
+            for number, row in enumerate(rows):
+                row.grad = None if whole.grad is None else whole.grad[number]
         for part in self.parts:
             part.step()
 
@@ -32,6 +43,8 @@ class Optimizers:
         """Drop all gradients."""
         for part in self.parts:
             part.zero_grad()
+        for whole, _ in self.slices:
+            whole.grad = None
 
     def set_learning_rate(self, lr: float) -> None:
         """The same learning rate for every group."""
@@ -54,11 +67,14 @@ def make_optimizer(
 ) -> Optimizers:
     """The optimizer of `config` over groups of parameters of `model`."""
     linear = (
-        {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, StackedLinear))}
         if config.optimizer == "muon"
         else set()
     )
-    matrices = [p for group in groups for p in group if id(p) in linear]
+    chosen = [p for group in groups for p in group if id(p) in linear]
+    # A stacked linear layer is several matrices: each gets the step that it would get alone.
+    slices = [(p, [nn.Parameter(row) for row in p.detach()]) for p in chosen if p.ndim == 3]
+    matrices = [p for p in chosen if p.ndim == 2] + [row for _, rows in slices for row in rows]
     rest = [[p for p in group if id(p) not in linear] for group in groups]
     parts: list[torch.optim.Optimizer] = []
     if matrices:
@@ -75,4 +91,4 @@ def make_optimizer(
                 lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True,
             )
         )  # fmt: skip
-    return Optimizers(parts)
+    return Optimizers(parts, slices)
