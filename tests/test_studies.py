@@ -25,6 +25,7 @@ from grafting.studies import run_rows, run_study
 from grafting.studies.findings import FAILS, HOLDS, OPEN, UNCLEAR, noise_of, test_claims
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
+from grafting.training.loop import Interrupted
 
 test_claims.__test__ = False  # type: ignore[attr-defined]
 QUIET = Console(quiet=True)
@@ -345,6 +346,30 @@ def test_a_study_from_start_to_end(world: Path, tmp_path: Path, monkeypatch: pyt
     assert result["taken_from"] == "study/half"
     assert json.loads((other / "rows/teacher/result.json").read_text())["taken_from"] == "study/teacher"
     assert (other / "study.html").is_file()
+
+
+def test_a_row_that_is_stopped_anywhere_goes_on_to_the_same_result(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(Row("half", "half", half()))
+    run_rows(study, tmp_path / "whole", QUIET, changes=settings_of(world))
+    wanted = np.load(tmp_path / "whole/rows/half/samples/student.npz")["arr_0"]
+    asked = []
+
+    def stop(self: RunFolder) -> int | None:
+        asked.append(1)
+        return 143 if len(asked) == 2 else None  # stage 1, before its second step; later in stage 2
+
+    monkeypatch.setattr(RunFolder, "stop_requested", stop)
+    for _ in range(3):
+        with pytest.raises(Interrupted) as stopped:
+            run_rows(study, tmp_path / "cut", QUIET, changes=settings_of(world))
+        assert stopped.value.code == 143
+        assert "not run" in (tmp_path / "cut/study.html").read_text()
+        asked.clear()
+    monkeypatch.undo()
+    run_rows(study, tmp_path / "cut", QUIET, changes=settings_of(world))
+    assert np.array_equal(np.load(tmp_path / "cut/rows/half/samples/student.npz")["arr_0"], wanted)
 
 
 def test_other_settings_are_refused_in_a_begun_row(world: Path, tmp_path: Path) -> None:

@@ -49,12 +49,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Point:
-    """One labelled point of a scatter plot, with an optional spread of y."""
+    """One labelled point of a scatter plot, with an optional spread of y. Points of one group are joined by a line."""
 
     label: str
     x: float
     y: float
     spread: float | None = None
+    group: str = ""
 
 
 def ramp(number: int, total: int) -> str:
@@ -124,6 +125,12 @@ def scatter_plot(points: Sequence[Point], describe: str, *, x_label: str, y_labe
     from matplotlib.ticker import FuncFormatter
 
     figure, axes = _axes((5.6, 3.6))
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        if point.group:
+            groups.setdefault(point.group, []).append(point)
+    for members in groups.values():
+        axes.plot([p.x for p in members], [p.y for p in members], color=_STAND_IN[AXIS], linewidth=0.8)
     for point in points:
         if point.spread is not None and point.spread > 0:
             axes.errorbar(
@@ -139,7 +146,10 @@ def scatter_plot(points: Sequence[Point], describe: str, *, x_label: str, y_labe
             axis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
     axes.margins(0.1)
     axes.autoscale_view()
-    _label_points(axes, points)
+    ends = [  # of a group, the name once, at its last point
+        Point(name, members[-1].x, members[-1].y) for name, members in groups.items()
+    ]
+    _label_points(axes, [*(p for p in points if not p.group), *ends])
     axes.set_xlabel(clean(x_label, 80), parse_math=False)
     axes.set_ylabel(clean(y_label, 80), parse_math=False)
     return _svg(figure, axes, describe)

@@ -23,7 +23,8 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> Path:
     """Write `study.html` into `folder` and return its path.
 
     study: {"name", "title", "about", "columns": [{"key", "label"}], "rows": [{"name", "label", one value per column
-    key, "std"?: {key: spread}, "samples": path of an .npz (relative to `folder`) or None, "seconds"}],
+    key, "std"?: {key: spread}, "samples": path of an .npz (relative to `folder`) or None, "seconds",
+    "group"?: rows that a plot joins}],
     "findings": [sentences], "claims"?: [{"text", "verdict", "figures", "paper"}], "tables"?: [{"title", "note",
     "columns", "rows"}], "environment": {name: value}, "scatter": {"x": key, "y": key}, several of these, or None,
     "protocol"?: {field: value}, "command"?: how to run it again}. Values may be numbers, text or None.
@@ -78,7 +79,7 @@ def _table(study: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Html:
     caption = "All variants under one protocol." if protocol else "All variants."
     spread = any(mapping(row.get("std")) for row in rows)
     return section(
-        "results", "Results", data_table(caption, heads, body),
+        "results", "Results", el("div", data_table(caption, heads, body), class_="named"),
         note("± is the standard deviation over seeds.") if spread else None,
         note(f"Protocol: {protocol_sentence(protocol)}.") if protocol else None,
     )  # fmt: skip
@@ -156,16 +157,17 @@ def _one_scatter(
     labels = dict(_columns(study))
     points = [
         Point(plain(row.get("name") or _label(row)) if len(rows) > 12 else _label(row), x, y,
-              drawable(mapping(row.get("std")).get(y_key)))
+              drawable(mapping(row.get("std")).get(y_key)), plain(row.get("group") or ""))
         for row in rows
         if (x := drawable(row.get(x_key))) is not None and (y := drawable(row.get(y_key))) is not None
     ]  # fmt: skip
-    if not points:
-        return None
+    if len({point.x for point in points}) < min(2, len(rows)):
+        return None  # nothing was varied there
     x_label, y_label = labels.get(x_key, x_key), labels.get(y_key, y_key)
     described = "; ".join(f"{p.label}: {significant(p.x, 3)}, {significant(p.y, 3)}" for p in points)
     plot = scatter_plot(points, f"{y_label} against {x_label}. {described}", x_label=x_label, y_label=y_label)
-    return figure(plot, f"{y_label} against {x_label}, one point a row.")
+    joined = ", rows of one operator joined, 50 % first" if any(p.group for p in points) else ""
+    return figure(plot, f"{y_label} against {x_label}, one point a row{joined}.")
 
 
 def _strips(folder: Path, rows: list[Mapping[str, Any]]) -> Html | None:

@@ -37,6 +37,7 @@ th,td{padding:.32rem .9rem .32rem 0;text-align:left;vertical-align:top;border-bo
 th{font-weight:500}
 thead th{color:var(--soft);border-bottom:1px solid var(--ink);vertical-align:bottom}
 td,tbody th{max-width:26rem}
+.named tbody th{min-width:12rem}
 .n{text-align:right;white-space:nowrap;padding-right:1.2rem}
 tr.total th,tr.total td{border-top:1px solid var(--ink);font-weight:600}
 figure{margin:1.2rem 0;min-width:0}

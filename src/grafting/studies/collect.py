@@ -73,7 +73,7 @@ def _entry(setting: Setting, row: Row) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": row.name, "label": row.label, "samples": None, "distance": None, "status": None, "recipe": None,
         "unedited": row.teacher in ("as it is", "other noise"), "seed": setting.seed + row.seed,
-        "paper_fid": row.paper.get("fid"), "paper": dict(row.paper),
+        "paper_fid": row.paper.get("fid"), "paper": dict(row.paper), "group": _group(setting, row),
     }  # fmt: skip
     folder, file = setting.folder, setting.result_file(row.name)
     if not file.is_file():
@@ -105,6 +105,14 @@ def _entry(setting: Setting, row: Row) -> dict[str, Any]:
     if known.is_file() and row.teacher is None:
         entry["recipe"] = weights.read_json(known, "row")
     return entry
+
+
+def _group(setting: Setting, row: Row) -> str:
+    """The operator of rows that differ in the ratio alone: a plot joins them."""
+    name, _, last = row.name.rpartition("-")
+    ratios = ("50", "75", "100")
+    shared = sum(other.name in {f"{name}-{ratio}" for ratio in ratios} for other in setting.study.rows)
+    return name if last in ratios and shared > 1 else ""
 
 
 def _protocol(setting: Setting, base: dict[str, Any] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from grafting.analysis.costs import plan_cost
 from grafting.console import Console
 from grafting.errors import DivergedError, RunError
 from grafting.evaluation import evaluate
+from grafting.families import family_of
 from grafting.formats import weights
 from grafting.generation import generate
 from grafting.pipeline import Pipeline
@@ -152,9 +153,14 @@ def _run_student(setting: Setting, recipe: Recipe, path: Path, console: Console)
 
 def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console: Console) -> dict[str, Any]:
     """The teacher's own rows: as it is, under another noise seed, or finetuned like the student."""
-    result: dict[str, Any] = {"flops": 0.0, "seconds": 0.0, "share_of_pretraining": 0.0, "seed": recipe.seed}
     file = path / "samples" / "student.npz"
     pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
+    params = sum(parameter.numel() for parameter in pipeline.teacher.parameters())
+    flops = family_of(pipeline.teacher).flops_per_image(pipeline.teacher)
+    result: dict[str, Any] = {
+        "flops": 0.0, "seconds": 0.0, "share_of_pretraining": 0.0, "seed": recipe.seed,
+        "cost": {"rows": [], "model": {"params": [params, params], "flops_per_image": [flops, flops]}},
+    }  # fmt: skip
     if recipe.evaluate is None:
         raise RunError(f"study {setting.study.name!r} compares samples; leave evaluate as it is")
     if row.teacher == "finetuned":

@@ -75,7 +75,7 @@ def _work(setting: Setting, rows: list[Row], console: Console) -> None:
             try:
                 lock.acquire()
             except RunError as error:  # another process is at it
-                console.say(f"row {row.name} is left to the other process: {error}")
+                console.say(f"left to another process: {error}")
                 continue
             try:
                 if not setting.result_file(row.name).is_file() and not _do(setting, row, console):
