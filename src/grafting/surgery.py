@@ -245,6 +245,15 @@ def _build(site: Site, entry: Replace) -> nn.Module:
         )
     except GraftError as error:
         raise type(error)(f"{site}: {error}") from None
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        raise PlanError(
+            f"{site}: operator '{entry.operator}' can't be built as configured ({_first_line(error)}); "
+            "change its config"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _check_operator(site: Site, entry: Replace) -> Cost:
@@ -262,7 +271,7 @@ def _check_operator(site: Site, entry: Replace) -> Cost:
     except Exception as error:
         raise PlanError(
             f"{site}: operator '{entry.operator}' fails on tokens of shape {list(x.shape)}: "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+            f"{_first_line(error)}"
         ) from None
     if shape != list(x.shape):
         raise PlanError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,7 +21,12 @@ from grafting.errors import DataError
 _MAX_MEMBERS = 64
 _MAX_DEFLATE_RATIO = 1040  # deflate cannot expand by more than about 1032
 _HEADER_SLACK = 16384
-_ZIP_ERRORS = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+_MAX_HEADER = 10_000  # of an array: shape and type
+_MAX_RATIO, _FREE_BYTES = 200, 1 << 28  # beyond 256 MB, what unpacks to more than 200 times itself is a bomb
+_ZIP_ERRORS = (
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, LookupError,
+    OverflowError, MemoryError, TypeError, SyntaxError, AttributeError,
+)  # fmt: skip
 _KINDS = "buifU"  # bool, integers, floats, text: no objects, no structures
 
 
@@ -106,6 +114,8 @@ class NpzReader:
             raise DataError(f"{where} claims {info.file_size} bytes, the limit is {self.max_bytes}")
         if info.file_size > info.compress_size * _MAX_DEFLATE_RATIO + _HEADER_SLACK:
             raise DataError(f"{where} claims {info.file_size} bytes out of {info.compress_size} stored ones")
+        if info.file_size > max(_FREE_BYTES, info.compress_size * _MAX_RATIO):
+            raise DataError(f"{where} unpacks {info.compress_size} bytes to {info.file_size}: not data, but a bomb")
         with archive.open(info) as file:
             shape, fortran, dtype = _npy_header(file, where)
             start = file.tell()
@@ -139,12 +149,21 @@ class NpzReader:
 
 
 def _npy_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    magic = file.read(8)
+    if len(magic) < 8 or magic[:6] != b"\x93NUMPY":
+        raise DataError(f"{where} has a damaged header: it does not begin as .npy does")
+    version = (magic[6], magic[7])
+    if version not in ((1, 0), (2, 0)):
+        raise DataError(f"{where} is of .npy version {version}, expected 1.0 or 2.0")
+    size = file.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(size, "little")
+    if length > _MAX_HEADER:  # before it is read
+        raise DataError(f"{where} has a damaged header: it claims {length} bytes")
+    header = io.BytesIO(size + file.read(length))
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        if version == (2, 0):
-            return np.lib.format.read_array_header_2_0(file)
-    except ValueError as error:
-        raise DataError(f"{where} has a damaged header: {' '.join(str(error).split())}") from error
-    raise DataError(f"{where} is of .npy version {version}, expected 1.0 or 2.0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers of Python 2, and what Python thinks of their syntax
+            return read(header)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+        raise DataError(f"{where} has a damaged header: {' '.join(str(error).split())[:200]}") from error

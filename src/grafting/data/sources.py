@@ -12,7 +12,8 @@ from grafting.data.fashion import NUM_CLASSES, SPLITS, has_idx_files, load_full,
 from grafting.data.latents import LatentDataset, is_latents
 from grafting.data.npz import NpzReader
 from grafting.data.text import CaptionDataset, is_caption_folder
-from grafting.errors import DataError
+from grafting.errors import CheckpointError, DataError
+from grafting.formats.limits import check_safetensors
 
 PACKAGED = ("fashion-10",)
 _FASHION = "fashion:"
@@ -98,6 +99,7 @@ def _from_safetensors(path: Path) -> ImageLabelDataset:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             held = sorted(file.keys())
             if not {"x", "y"} <= set(held):
@@ -105,12 +107,14 @@ def _from_safetensors(path: Path) -> ImageLabelDataset:
                     f"{path} holds {', '.join(held)}; expected latents 'x' [N, C, H, W] and labels 'y'"
                 )
             x, y, metadata = file.get_tensor("x"), file.get_tensor("y"), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError, RuntimeError, AttributeError, KeyError) as error:
         raise DataError(f"cannot read {path} as safetensors: {error}; write or download it again") from error
     if not x.is_floating_point():
         raise DataError(f"{path}: latents 'x' must be floating point, got {x.dtype}")
+    if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise DataError(f"{path}: latents 'x' are {x.dtype}, expected float16, bfloat16, float32 or float64")
     text = metadata.get("num_classes")
-    if text is not None and not text.isdecimal():
+    if text is not None and not (text.isdecimal() and len(text) < 10):
         raise DataError(f"{path}: num_classes in its metadata is {text!r}, expected a number")
     num_classes = None if text is None else int(text)
     return ImageLabelDataset(x, y, name=metadata.get("name", path.stem), num_classes=num_classes)

@@ -6,6 +6,7 @@ self-contained and names no base.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import nn
 from grafting import operators
 from grafting.errors import CheckpointError, GraftError
 from grafting.families import families, family_of
-from grafting.formats import weights
+from grafting.formats import limits, weights
 from grafting.plan import GraftPlan
 from grafting.surgery import GraftRecord, graft, record_of, set_record
 
 FORMAT, VERSION = "grafting", 1
 MANIFEST = "graft.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,6 +104,10 @@ def load_graft(
 
     reference, saved_dtype = manifest["base"], _DTYPES[manifest["dtype"]]
     if reference is None:
+        limits.check_architecture(manifest["architecture"], len(tensors))
+        with torch.device("meta"):  # nothing is allocated for a model that its tensors do not fit
+            shapes = _edited(_build(manifest["architecture"]), plan, manifest).state_dict()
+        weights.check_fit(shapes, tensors, str(folder))
         skeleton = weights.cast(_build(manifest["architecture"]), saved_dtype)
         student, digests, source = _edited(skeleton, plan, manifest), {}, None
         weights.load_strictly(student, tensors, str(folder))
@@ -174,7 +180,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in shapes.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path}: key {key!r} is missing or not of the right kind")
-    if not isinstance(manifest["tensors"].get("sha256"), str):
+    sha256 = manifest["tensors"].get("sha256")
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):  # it is part of a file's name
         raise CheckpointError(f"{path}: key 'tensors' has no hash")
     if manifest["dtype"] not in _DTYPES:
         raise CheckpointError(
@@ -207,8 +214,13 @@ def load_saved_model(folder: Path) -> nn.Module:
     manifest = weights.read_json(folder / "model.json", "model")
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("architecture"), dict):
         raise CheckpointError(f"{folder / 'model.json'} does not describe a model of this package")
-    model = _build(manifest["architecture"])
     tensors = weights.read_safetensors(folder / "model.safetensors")
+    limits.check_architecture(manifest["architecture"], len(tensors))
+    with torch.device("meta"):  # nothing is allocated for a model that its tensors do not fit
+        shapes = _build(manifest["architecture"]).state_dict()
+    needed = {name: shape for name, shape in shapes.items() if name != "pos_embed" or name in tensors}
+    weights.check_fit(needed, tensors, str(folder))
+    model = _build(manifest["architecture"])
     own = model.state_dict()
     if "pos_embed" in own:
         tensors.setdefault("pos_embed", own["pos_embed"])

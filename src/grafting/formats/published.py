@@ -26,6 +26,7 @@ from grafting.surgery import GraftRecord, edited_groups, graft, record_of, set_r
 
 _SEAMS = {"attn": "mha", "mlp": "mlp"}
 _DONOR = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
+_SEAM = re.compile(r"blocks\.(\d{1,4})\.(attn|mlp)\.(.+)")
 _IN_SEAM = re.compile(r"blocks\.\d+\.((?:attn|mlp)\..+)")
 
 
@@ -138,14 +139,14 @@ def infer_plan(
     found: dict[tuple[str, str, str], list[int]] = {}
     settings_of: dict[tuple[str, str, str], dict[str, Any]] = {}
     expected: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    inside: dict[tuple[int, str], dict[str, list[int]]] = {}  # (block, seam) -> name -> shape
+    for name, tensor in state.items():
+        if matched := _SEAM.fullmatch(name):
+            inside.setdefault((int(matched[1]), matched[2]), {})[matched[3]] = list(tensor.shape)
     for layer in block_numbers(state):
         for seam, target in _SEAMS.items():
             prefix = f"blocks.{layer}.{seam}."
-            shapes = {
-                name[len(prefix) :]: list(tensor.shape)
-                for name, tensor in state.items()
-                if name.startswith(prefix)
-            }
+            shapes = inside.get((layer, seam), {})
             reading = next((r for r in _READINGS[target] if r.names == frozenset(shapes)), None)
             if reading is None:
                 raise CheckpointError(f"{where}: {prefix[:-1]}: {_nearest(target, shapes)}")
@@ -247,6 +248,8 @@ def load_published(path: str | Path, *, num_heads: int | None = None) -> DiT:
             f"{where}: holds operators that a DiT does not have (such as {foreign[0]!r}): "
             "it is a grafted checkpoint; read it with `graft import`"
         )
+    with torch.device("meta"):  # nothing is allocated for a model that its tensors do not fit
+        weights.check_fit(DiT(config).state_dict(), state, where)
     model = DiT(config)
     weights.load_strictly(model, _as_float(state), where)
     return model
@@ -262,6 +265,7 @@ def import_published(path: str | Path, *, num_heads: int | None = None, window: 
     with torch.device("meta"):  # every tensor comes from the file, so nothing is drawn, hashed or copied here
         skeleton = DiT(config)
     model: nn.Module = graft(skeleton, plan) if len(plan) else skeleton
+    weights.check_fit(model.state_dict(), state, where)  # nothing is allocated for what the file does not hold
     model.to_empty(device="cpu")
     weights.load_strictly(model, _as_float(state), where)
     model.eval()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grafting.errors import CheckpointError
+from grafting.formats.limits import check_pickle, check_safetensors, check_tensors
 
 Tensors = dict[str, Tensor]
 
@@ -24,14 +25,16 @@ Tensors = dict[str, Tensor]
 def read_pickled(path: Path) -> Any:
     """The content of a `.pt` file by PyTorch's restricted unpickler, which builds tensors and plain data only.
 
-    `argparse.Namespace` (the published files keep their arguments in one) is admitted: it is inert.
-    Raises CheckpointError for anything else, and for a damaged or empty file.
+    `argparse.Namespace` (the published files keep their arguments in one) is admitted: it is inert. Raises
+    CheckpointError for anything else, for a damaged or empty file, and for one that would unpack to more than it is.
     """
     _check_file(path)
     try:
+        check_pickle(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about old forms of files; the error that follows says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(content, path.stat().st_size)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         for marker in ("WeightsUnpickler error: ", "Weights only load failed."):
@@ -41,19 +44,27 @@ def read_pickled(path: Path) -> Any:
             f"can't read weights from {str(path)!r}: {reason[:200]}; expected a whole PyTorch "
             "checkpoint of plain tensors; if it was copied, copy it again"
         ) from None
+    return content
 
 
 def read_safetensors(path: Path) -> Tensors:
-    """All tensors of a `.safetensors` file. Raises CheckpointError for a missing or damaged one."""
+    """All tensors of a `.safetensors` file. Raises CheckpointError for a missing, damaged or absurd one."""
     from safetensors.torch import load_file
 
     _check_file(path)
     try:
-        return load_file(path)
-    except Exception as error:
+        check_safetensors(path)
+        tensors = load_file(path)
+        check_tensors(tensors, path.stat().st_size)
+    except BaseException as error:
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # of the Rust reader
+            raise
         raise CheckpointError(
             f"can't read weights from {str(path)!r}: {str(error)[:200]}; expected a whole safetensors file"
         ) from None
+    return tensors
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -166,18 +177,12 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load_strictly(
-    model: nn.Module, tensors: Mapping[str, Tensor], where: str, *, assign: bool = False
-) -> None:
-    """Load a whole state dict; every missing, unexpected or misshapen tensor is an error that names it.
-
-    assign: the tensors themselves become the model's (for a model that was built without memory).
-    """
-    own = model.state_dict()
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError unless names and shapes are those of `own` (which may be on the meta device)."""
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
     if missing or unexpected:
-        parts = [f"{len(names)} {what} (first {names[0]!r})" for what, names in
+        parts = [f"{len(names)} {what} (first {names[0][:200]!r})" for what, names in
                  (("missing", missing), ("unexpected", unexpected)) if names]  # fmt: skip
         raise CheckpointError(f"{where}: the tensors do not fit the model: {', '.join(parts)}")
     for name, tensor in own.items():
@@ -185,6 +190,16 @@ def load_strictly(
             raise CheckpointError(
                 f"{where}: tensor {name!r} has shape {list(tensors[name].shape)}, the model needs {list(tensor.shape)}"
             )
+
+
+def load_strictly(
+    model: nn.Module, tensors: Mapping[str, Tensor], where: str, *, assign: bool = False
+) -> None:
+    """Load a whole state dict; every missing, unexpected or misshapen tensor is an error that names it.
+
+    assign: the tensors themselves become the model's (for a model that was built without memory).
+    """
+    check_fit(model.state_dict(), tensors, where)
     check_finite(tensors, where)
     model.load_state_dict(dict(tensors), assign=assign)
 

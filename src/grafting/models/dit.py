@@ -46,10 +46,13 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
-            if not isinstance(value, bool) and not 0 < value < 2**20:
+            limit = 4097 if field == "depth" else 2**20
+            if not isinstance(value, bool) and not 0 < value < limit:
                 raise GraftError(
-                    f"DiT: {field}={value!r} is out of range; it is a positive number below {2**20}"
+                    f"DiT: {field}={value!r} is out of range; it is a positive number below {limit}"
                 )
+            if field != "mlp_ratio" and not isinstance(value, int):
+                raise GraftError(f"DiT: {field}={value!r}: expected a whole number")
         if self.hidden_size % self.num_heads:
             raise GraftError(
                 f"DiT: width {self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
@@ -62,6 +65,11 @@ class DiTConfig:
         if self.input_size % self.patch_size:
             raise GraftError(
                 f"DiT: input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.num_tokens * self.hidden_size > 2**27:
+            raise GraftError(
+                f"DiT: {self.num_tokens} tokens of width {self.hidden_size} make a position table of more than "
+                f"{2**27} values; give a smaller input_size or a larger patch_size"
             )
 
     @property
@@ -233,7 +241,12 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(config.num_classes + config.null_class, config.hidden_size)
-        table = sincos_2d(config.hidden_size, config.grid).to(torch.get_default_device())
+        device = torch.get_default_device()
+        table = (
+            torch.empty(1, config.num_tokens, config.hidden_size, device=device)
+            if device.type == "meta"
+            else sincos_2d(config.hidden_size, config.grid).to(device)
+        )
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         # Which blocks of the unedited model each of `blocks` holds: surgery may group blocks or drop some.
