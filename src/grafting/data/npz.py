@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ from grafting.errors import DataError
 _MAX_MEMBERS = 64
 _MAX_DEFLATE_RATIO = 1040  # deflate cannot expand by more than about 1032
 _HEADER_SLACK = 16384
+_MAX_NAME = 200
 _MAX_HEADER = 10_000  # of an array: shape and type
 _MAX_RATIO, _FREE_BYTES = 200, 1 << 28  # beyond 256 MB, what unpacks to more than 200 times itself is a bomb
 _ZIP_ERRORS = (
@@ -62,7 +64,7 @@ class NpzReader:
     def header(self, name: str) -> ArrayHeader:
         """Return the header of array `name`; `DataError` names the arrays that are there if it is not."""
         if name not in self.headers:
-            held = ", ".join(sorted(self.headers)) or "nothing"
+            held = ", ".join(sorted(self.headers))[:300] or "nothing"
             raise DataError(f"{self.path} has no array {name!r}; it holds: {held}")
         return self.headers[name]
 
@@ -96,10 +98,12 @@ class NpzReader:
             raise
         except _ZIP_ERRORS as error:
             raise DataError(
-                f"cannot read {self.path} as .npz: {error}; write or download it again"
+                f"cannot read {self.path} as .npz: {_one_line(error)}; write or download it again"
             ) from error
 
     def _header(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> ArrayHeader:
+        if len(info.filename) > _MAX_NAME:
+            raise DataError(f"{self.path} holds a name of {len(info.filename)} characters: it is damaged")
         name = info.filename.removesuffix(".npy")
         where = f"{self.path}: array {name!r}"
         if not info.filename.endswith(".npy"):
@@ -115,7 +119,9 @@ class NpzReader:
         if info.file_size > info.compress_size * _MAX_DEFLATE_RATIO + _HEADER_SLACK:
             raise DataError(f"{where} claims {info.file_size} bytes out of {info.compress_size} stored ones")
         if info.file_size > max(_FREE_BYTES, info.compress_size * _MAX_RATIO):
-            raise DataError(f"{where} unpacks {info.compress_size} bytes to {info.file_size}: not data, but a bomb")
+            raise DataError(
+                f"{where} unpacks {info.compress_size} bytes to {info.file_size}: not data, but a bomb"
+            )
         with archive.open(info) as file:
             shape, fortran, dtype = _npy_header(file, where)
             start = file.tell()
@@ -163,7 +169,13 @@ def _npy_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about headers of Python 2, and what Python thinks of their syntax
+            warnings.simplefilter(
+                "ignore"
+            )  # about headers of Python 2, and what Python thinks of their syntax
             return read(header)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
-        raise DataError(f"{where} has a damaged header: {' '.join(str(error).split())[:200]}") from error
+    except (*_ZIP_ERRORS, tokenize.TokenError) as error:
+        raise DataError(f"{where} has a damaged header: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -190,7 +190,7 @@ class DiTFamily(Family):
         try:
             return DiT(DiTConfig(**fields))
         except TypeError as error:
-            raise CheckpointError(f"not the architecture of a DiT: {error}") from None
+            raise CheckpointError(f"not the architecture of a DiT: {str(error)[:200]}") from None
 
     def named(self, name: str) -> dict[str, Any] | None:
         try:

@@ -159,7 +159,7 @@ def _build(architecture: dict[str, Any]) -> nn.Module:
     name = architecture.get("family")
     family = families().get(name) if isinstance(name, str) else None
     if family is None:
-        raise CheckpointError(f"unknown model family {name!r}: known are {', '.join(families())}")
+        raise CheckpointError(f"unknown model family {str(name)[:60]!r}: known are {', '.join(families())}")
     return family.build(architecture)
 
 
@@ -178,7 +178,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         "base": (dict, type(None)), "tensors": dict,
     }  # fmt: skip
     for key, kind in shapes.items():
-        if not isinstance(manifest.get(key), kind):
+        if key not in manifest or not isinstance(manifest[key], kind):
             raise CheckpointError(f"{path}: key {key!r} is missing or not of the right kind")
     sha256 = manifest["tensors"].get("sha256")
     if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):  # it is part of a file's name

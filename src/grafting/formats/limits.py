@@ -88,7 +88,9 @@ def check_architecture(architecture: Mapping[str, Any], num_tensors: int) -> Non
     for key, value in architecture.items():
         if isinstance(value, (int, float)) and not abs(value) <= MAX_DIMENSION:
             raise CheckpointError(f"its architecture has {key}={value:.3g}, which no model has")
-    depth = max((n for key in ("depth", "num_layers") if isinstance(n := architecture.get(key), int)), default=0)
+    depth = max(
+        (n for key in ("depth", "num_layers") if isinstance(n := architecture.get(key), int)), default=0
+    )
     if depth > num_tensors:
         raise CheckpointError(f"its architecture has {depth} blocks, its file {num_tensors} tensors")
     given = architecture.get("latent_size")
@@ -96,7 +98,9 @@ def check_architecture(architecture: Mapping[str, Any], num_tensors: int) -> Non
         n for key in ("input_size", "sample_size") if isinstance(n := architecture.get(key), int)
     ] * 2  # fmt: skip
     if any(not isinstance(side, int) or not 0 < side <= MAX_SIDE for side in sides):
-        raise CheckpointError(f"its architecture has samples of size {str(sides)[:60]}, expected at most {MAX_SIDE}")
+        raise CheckpointError(
+            f"its architecture has samples of size {str(sides)[:60]}, expected at most {MAX_SIDE}"
+        )
 
 
 def check_tensor(tensor: Tensor) -> None:
