@@ -265,7 +265,9 @@ def import_published(path: str | Path, *, num_heads: int | None = None, window: 
     with torch.device("meta"):  # every tensor comes from the file, so nothing is drawn, hashed or copied here
         skeleton = DiT(config)
     model: nn.Module = graft(skeleton, plan) if len(plan) else skeleton
-    weights.check_fit(model.state_dict(), state, where)  # nothing is allocated for what the file does not hold
+    weights.check_fit(
+        model.state_dict(), state, where
+    )  # nothing is allocated for what the file does not hold
     model.to_empty(device="cpu")
     weights.load_strictly(model, _as_float(state), where)
     model.eval()
