@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +243,62 @@ def test_parquet_files_in_the_hub_s_layout(world: Path, tmp_path: Path) -> None:
     encode_images(source, tmp_path / "z", config(world))
     shard = "latents-00001.safetensors"
     assert (tmp_path / "z" / shard).read_bytes() == (world / "whole" / shard).read_bytes()
+
+
+class Rows:
+    """As much of `datasets.Dataset` as is used."""
+
+    def __init__(self, columns: dict[str, Any], names: tuple[str, ...]) -> None:
+        self._columns, self.column_names = columns, list(columns)
+        self.features = {
+            name: SimpleNamespace(names=list(names)) if name == "label" else None for name in columns
+        }
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self._columns[key]
+        return {name: values[key] for name, values in self._columns.items()}
+
+    def with_format(self, kind: None) -> Rows:
+        return self
+
+    def select_columns(self, names: list[str]) -> Rows:
+        return Rows({name: self._columns[name] for name in names}, ())
+
+    def cast_column(self, name: str, feature: Any) -> Rows:
+        assert feature == "undecoded"
+        return self
+
+
+def test_a_data_set_of_the_hub(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for `datasets`, which is not installed with the rest."""
+    paths = sorted((world / "images").rglob("*.*"))
+    rows = Rows(
+        {"image": [{"bytes": path.read_bytes(), "path": None} for path in paths],
+         "label": [CLASSES.index(path.parent.name) for path in paths]}, CLASSES,
+    )  # fmt: skip
+    rows[3]["image"]["bytes"] = None
+
+    def load(name: str, split: str) -> Rows:
+        if (name, split) != ("owner/name", "train"):
+            raise ValueError(f"no {name}\nreally")
+        return rows
+
+    stand_in = SimpleNamespace(load_dataset=load, Image=lambda decode: None if decode else "undecoded")
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    source = open_images("hub:owner/name")
+    assert (source.kind, source.class_names, len(source)) == ("hub", CLASSES, 12)
+    assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    encode_images(source, tmp_path / "z", config(world))
+    shard = "latents-00002.safetensors"
+    assert (tmp_path / "z" / shard).read_bytes() == (world / "whole" / shard).read_bytes()
+    with pytest.raises(DataError, match=r"split 'test': no owner/name really; check the name and --split"):
+        open_images("hub:owner/name", split="test")
+    with pytest.raises(DataError, match="no column 'picture'; it has: image, label"):
+        open_images("hub:owner/name", image_column="picture")
 
 
 def test_what_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def load_vae(source: str | None = None, device: torch.device | str = "cpu") -> A
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise GraftError(
-            f"can't load the VAE {name!r}: {reason[:160]}; give a folder or hub id with --vae"
+            f"can't load the VAE {name!r}: {reason[:160]}; give a folder or hub id (--vae, or sample.vae in a recipe)"
         ) from None
     return move_vae(loaded, device).eval().requires_grad_(False)
 
