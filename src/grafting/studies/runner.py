@@ -6,6 +6,7 @@ is reported and the others go on; a row that diverges has that as its result.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import traceback
@@ -44,6 +45,8 @@ def run_rows(
     if not 1 <= jobs <= 256:
         raise RunError(f"--jobs {jobs}: expected 1 to 256 rows at a time")
     for row in rows:
+        with contextlib.suppress(UnavailableError):
+            setting.recipe(row)  # a setting that no row can have is refused before any work
         _remove_failure(folder, row)
     try:
         if jobs == 1:
