@@ -9,6 +9,7 @@ from typing import Any
 from grafting.errors import GraftError
 
 ABOUT = {
+    "depth": "pairs of blocks side by side, run as one and in sequence, against the unedited model",
     "operators": "every operator's core and whole, against the plain published form and against attention",
     "stage1": "all operators in one pass, against one job per operator on stored activations",
 }
@@ -16,9 +17,10 @@ ABOUT = {
 
 def run_benchmark(what: str, **options: Any) -> dict[str, Any]:
     """Run a benchmark by name; `options` that are None keep their default. Raises GraftError for unknown ones."""
-    from grafting.benchmarks import operators, stage1
+    from grafting.benchmarks import depth, operators, stage1
 
     known: dict[str, Callable[..., dict[str, Any]]] = {
+        "depth": depth.bench_depth,
         "operators": operators.bench_operators,
         "stage1": stage1.bench_stage1,
     }

@@ -8,13 +8,18 @@ from pathlib import Path
 from grafting.console import Console
 from grafting.errors import RunError
 from grafting.recipes import EXPERIMENTS
+from grafting.recipes.depth import DEPTH_TO_WIDTH
 from grafting.recipes.rows import Claim, Row, Study, UnavailableError
 from grafting.studies.ablation import DEMO_ABLATION
 from grafting.studies.donor_init import NAME as DONOR_INIT
 from grafting.studies.donor_init import run_donor_init
 from grafting.studies.runner import run_rows
 
-STUDIES: dict[str, Study] = {**EXPERIMENTS, DEMO_ABLATION.name: DEMO_ABLATION}
+STUDIES: dict[str, Study] = {
+    **EXPERIMENTS,
+    DEMO_ABLATION.name: DEMO_ABLATION,
+    DEPTH_TO_WIDTH.name: DEPTH_TO_WIDTH,
+}
 NAMES = (*STUDIES, DONOR_INIT)
 
 

@@ -14,7 +14,7 @@ from grafting.studies.row_run import Setting, distance_of
 _COLUMNS = (
     ("distance", "Frechet distance"), ("over_teacher", "over the teacher's"), ("paper_fid", "paper: FID"),
     ("paper_over", "paper: over its baseline's"), ("label_accuracy", "label accuracy"), ("precision", "precision"),
-    ("recall", "recall"), ("is", "inception score"), ("flops_op_pct", "operator FLOPs, %"),
+    ("recall", "recall"), ("is", "inception score"), ("depth", "depth"), ("flops_op_pct", "operator FLOPs, %"),
     ("flops_ft_pct", "projections' FLOPs, %"), ("params_pct", "parameters, %"), ("model_flops", "FLOPs per image"),
     ("model_params", "parameters"), ("share_of_pretraining", "share of pretraining FLOPs"), ("status", "status"),
 )  # fmt: skip
@@ -94,6 +94,8 @@ def _entry(setting: Setting, row: Row) -> dict[str, Any]:
         "distance": distance_of(found),
         "model_flops": model.get("flops_per_image", [None, None])[1],
         "model_params": model.get("params", [None, None])[1],
+        "depth": model.get("depth", [None, None])[1],
+        "start_error": found.get("start_error"),
     }
     if len(changes) == 1:
         entry |= {key: changes[0][key] for key in ("flops_op_pct", "flops_ft_pct", "params_pct")}

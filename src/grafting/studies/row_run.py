@@ -138,6 +138,8 @@ def _run_student(setting: Setting, recipe: Recipe, path: Path, console: Console)
         "share_of_pretraining": sum(stage.get("share_of_pretraining", 0) for stage in trained),
         "seconds": sum(stage.get("seconds", 0) for stage in trained),
         "cost": plan_cost(pipeline.teacher, recipe.graft_plan, recipe.locality),
+        "start_error": stages.get("distill", {}).get("start_error"),
+        "final_error": stages.get("distill", {}).get("final_error"),
         "seed": recipe.seed,
     }
     if diverged is not None:

@@ -20,6 +20,7 @@ from grafting import __version__
 from grafting.families import family_of
 from grafting.formats import weights
 from grafting.plain import canonical_json
+from grafting.plan import GraftPlan
 from grafting.surgery import Edit
 from grafting.training.config import DEFAULT_LOSSES, DistillConfig
 
@@ -70,18 +71,7 @@ def operator_keys(
 
     The key is a hash of all that the result depends on.
     """
-    family = family_of(teacher)
-    common = {
-        "package": __version__,
-        "torch": torch.__version__,
-        "teacher": weights.combined_digest(weights.digests(teacher)),
-        "architecture": family.architecture(teacher),
-        "distill": {k: v for k, v in config.model_dump(mode="json").items() if k not in _NOT_OF_THE_RESULT},
-        "seed": seed,
-        "data": data_hash,
-        "device": torch.device(device).type,
-        "precision": precision,
-    }
+    common = _common(teacher, config, seed, data_hash, device, precision)
     losses = {str(target): str(loss) for target, loss in (DEFAULT_LOSSES | config.losses).items()}
     found = {}
     for edit in edits:
@@ -97,3 +87,30 @@ def operator_keys(
         }
         found[edit.site.path] = hashlib.sha256(canonical_json({**common, **described}).encode()).hexdigest()
     return found
+
+
+def plan_key(
+    plan: GraftPlan, teacher: nn.Module, config: DistillConfig, *, seed: int, data_hash: str, device: str,
+    precision: str,
+) -> str:  # fmt: skip
+    """The key of the student that stage 1 makes of a whole plan, for plans whose parts are not independent."""
+    described = {"plan": plan.to_dict(), "losses": dict(DEFAULT_LOSSES | config.losses)}
+    common = _common(teacher, config, seed, data_hash, device, precision)
+    return hashlib.sha256(canonical_json({**common, **described}).encode()).hexdigest()
+
+
+def _common(
+    teacher: nn.Module, config: DistillConfig, seed: int, data_hash: str, device: str, precision: str
+) -> dict[str, Any]:
+    """What every result of stage 1 depends on."""
+    return {
+        "package": __version__,
+        "torch": torch.__version__,
+        "teacher": weights.combined_digest(weights.digests(teacher)),
+        "architecture": family_of(teacher).architecture(teacher),
+        "distill": {k: v for k, v in config.model_dump(mode="json").items() if k not in _NOT_OF_THE_RESULT},
+        "seed": seed,
+        "data": data_hash,
+        "device": torch.device(device).type,
+        "precision": precision,
+    }

@@ -13,7 +13,7 @@ from grafting.families import family_of
 from grafting.formats import weights
 from grafting.pipeline import Pipeline
 from grafting.plan import GraftPlan
-from grafting.studies.shelf import Shelf, Shelved, operator_keys
+from grafting.studies.shelf import Shelf, Shelved, operator_keys, plan_key
 from grafting.surgery import Edit, explain, graft
 from grafting.training.config import DistillConfig
 from grafting.training.distillation import DistillResult, distill
@@ -35,7 +35,11 @@ def shared_stage_1(pipeline: Pipeline, shelf: Shelf) -> None:
     if run.result("graft") is None:
         pipeline.graft()
     config = recipe.distill.model_copy(update={"seed": recipe.distill.seed or recipe.seed})
-    edits = explain(pipeline.teacher, recipe.graft_plan, recipe.locality).edits
+    said = explain(pipeline.teacher, recipe.graft_plan, recipe.locality)
+    edits = said.edits
+    if said.groups or said.pruned:
+        _whole(pipeline, config, said.plan, shelf)
+        return
     keys = operator_keys(
         edits, pipeline.teacher, config, seed=recipe.seed, data_hash=pipeline.data.content_hash,
         device=pipeline.device, precision=_precision(pipeline, config),
@@ -45,6 +49,29 @@ def shared_stage_1(pipeline: Pipeline, shelf: Shelf) -> None:
         return
     with run.writing(STAGE):
         _fill(pipeline, config, edits, keys, shelf)
+
+
+def _whole(pipeline: Pipeline, config: DistillConfig, plan: GraftPlan, shelf: Shelf) -> None:
+    """A plan that edits the depth is distilled as a whole; another row with the same stage 1 takes over the student."""
+    run = pipeline.run
+    key = plan_key(
+        plan, pipeline.teacher, config, seed=pipeline.recipe.seed, data_hash=pipeline.data.content_hash,
+        device=pipeline.device, precision=_precision(pipeline, config),
+    )  # fmt: skip
+    known = shelf.get(key)
+    if known is None:
+        result = pipeline.distill()
+        log = [line for line in run.metrics() if line.get("stage") == STAGE]
+        shelf.put(key, pipeline.student().state_dict(), {"result": result, "log": log})
+        return
+    with run.writing(STAGE):
+        run.bind("data", pipeline.data.name, pipeline.data.content_hash)
+        student = pipeline.student()
+        student.load_state_dict(dict(known.state))
+        run.save_student(student)
+        text = "".join(json.dumps(line) + "\n" for line in known.record["log"])
+        weights.write_bytes(run.path / "metrics.jsonl", text.encode())
+        run.finish(STAGE, dict(known.record["result"]) | {"taken_over": True})
 
 
 def _fill(
