@@ -55,3 +55,39 @@ def locality(
     print(table(list(rows[0]), rows))
     for line in [*locality_remarks(found), *(f"written: {path}" for path in (out, html) if path)]:
         print(line)
+
+
+@app.command()
+def activations(
+    source: Source,
+    data: Annotated[str, typer.Option(help="Data to noise: fashion-10, .npz, .safetensors, a folder.")],
+    num: Num = 256, bins: Bins = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs and outputs of all operators are held for so many.")] = 16,
+    out: Out = None, html: Page = None, num_heads: Heads = None,
+    device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0, json_: Json = False,
+) -> None:  # fmt: skip
+    """What operators see and make, and the stage-1 loss that it asks for; loss: auto can read the file."""
+    from grafting.analysis.activations import measure_activations
+    from grafting.data import load_dataset
+    from grafting.formats.weights import write_json
+    from grafting.report.activations import activation_remarks, activation_rows, write_activations
+    from grafting.report.text import table
+
+    console = new_console()
+    found = measure_activations(
+        open_model(source, num_heads=num_heads, device=device, dtype=dtype), load_dataset(data), num_samples=num,
+        timestep_bins=bins, batch_size=batch_size, seed=seed,
+        progress=lambda done, total: console.progress("activations", done, total, "passes"),
+    )  # fmt: skip
+    console.close()
+    if out:
+        write_json(out, found)
+    if html:
+        write_activations(html, found)
+    if json_:
+        emit(found)
+        return
+    rows = activation_rows(found)
+    print(table(list(rows[0]), rows))
+    for line in [*activation_remarks(found), *(f"written: {path}" for path in (out, html) if path)]:
+        print(line)
