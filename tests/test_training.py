@@ -181,9 +181,11 @@ def test_the_loss_of_a_step_is_the_regression_on_the_teacher_s_input(
 
 def test_losses_default_to_l1_for_mha_and_l2_for_mlp(teacher: nn.Module, data: ImageLabelDataset) -> None:
     assert DistillConfig().losses == {"mha": "l1", "mlp": "l2", "block_group": "l1"}
-    student = graft(teacher, GraftPlan([Replace("mha", [1], "swa", loss="auto")]))
-    with pytest.raises(PlanError, match="auto"):
-        distill(student, teacher, data, STAGE_1)
+    student = graft(
+        teacher, GraftPlan([Replace("mha", [1], "swa"), Replace("mlp", [1], "mlp", {"ratio": 2})])
+    )
+    result = distill(student, teacher, data, {**STAGE_1, "steps": 1})
+    assert result.losses == {"blocks.1.attn": "l1", "blocks.1.mlp": "l2"}
 
 
 def test_naming_the_loss_of_one_target_leaves_the_other_at_its_default(

@@ -53,7 +53,9 @@ def measure_activations(
         for chunk in torch.arange(num_samples).split(batch_size):
             batch = batches.at(chunk)
             seen: dict[str, Tensor] = {}
-            for path, tap in family.taps(model, batch.x_t, batch.t, batch.cond, [s.path for s in sites]).items():
+            for path, tap in family.taps(
+                model, batch.x_t, batch.t, batch.cond, [s.path for s in sites]
+            ).items():
                 check_finite(tap.output, path)
                 seen[f"{path}/input"], seen[f"{path}/output"] = tap.input, tap.output
             yield bin_of(batch.t, timestep_bins), seen

@@ -88,7 +88,10 @@ class Tails:
     def add(self, x: Tensor) -> None:
         """One batch x [B, N, D] of those that `moments` saw."""
         x = x.detach().float().contiguous()
-        mean, deviation = self.moments.mean.float().to(x.device), self.moments.variance.sqrt().float().to(x.device)
+        mean, deviation = (
+            self.moments.mean.float().to(x.device),
+            self.moments.variance.sqrt().float().to(x.device),
+        )
         alive = deviation > 1e-6 * self.moments.largest
         self.near += int(((x - mean).abs() < torch.where(alive, NEAR * deviation, 0.0)).sum())
         self.counted += x.shape[0] * x.shape[1] * int(alive.sum())
@@ -97,7 +100,7 @@ class Tails:
 
     @property
     def efficiency(self) -> float | None:
-        """(2 f sigma)^2, f the density at the mean: how efficient the median is against the mean. None: all constant."""
+        """(2 f sigma)^2, f the density at the mean: how efficient the median is against the mean; None: constant."""
         return (self.near / self.counted / NEAR) ** 2 if self.counted else None
 
     def quantile(self, share: float) -> float:
@@ -110,8 +113,8 @@ class Tails:
 def describe(passes: Passes, num_bins: int = 1) -> dict[str, dict[str, Any]]:
     """What every activation that `passes` names is like; it is called twice.
 
-    Per name: mean, variance, excess kurtosis (over all values; `channel_kurtosis`: the median over channels), the largest
-    |x| and the 99.9 % quantile of |x| (`q999`), the channels of largest energy with their shares, variance and
+    Per name: mean, variance, excess kurtosis (over all values; `channel_kurtosis`: the median over channels), the
+    largest |x| and the 99.9 % quantile of |x| (`q999`), the channels of largest energy with their shares, variance and
     excess kurtosis per timestep bin, and `median_efficiency` (see `grafting.analysis.regression`).
     """
     moments: dict[str, Moments] = {}
@@ -123,7 +126,8 @@ def describe(passes: Passes, num_bins: int = 1) -> dict[str, dict[str, Any]]:
         for name, x in batch.items():
             tails[name].add(x)
     return {
-        name: found.summary() | {"q999": tails[name].quantile(0.999), "median_efficiency": tails[name].efficiency}
+        name: found.summary()
+        | {"q999": tails[name].quantile(0.999), "median_efficiency": tails[name].efficiency}
         for name, found in moments.items()
     }
 

@@ -62,7 +62,7 @@ def activations(
     source: Source,
     data: Annotated[str, typer.Option(help="Data to noise: fashion-10, .npz, .safetensors, a folder.")],
     num: Num = 256, bins: Bins = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Inputs and outputs of all operators are held for so many.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples whose activations are held at a time.")] = 16,
     out: Out = None, html: Page = None, num_heads: Heads = None,
     device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0, json_: Json = False,
 ) -> None:  # fmt: skip

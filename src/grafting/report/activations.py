@@ -37,7 +37,8 @@ def activation_rows(found: Found) -> list[dict[str, Any]]:
 def activation_remarks(found: Found) -> list[str]:
     """One sentence a target: the recommended loss and why."""
     return [
-        f"{target}: {choice['loss']}, since {choice['reason']}." for target, choice in found["recommended"].items()
+        f"{target}: {choice['loss']}, since {choice['reason']}."
+        for target, choice in found["recommended"].items()
     ]
 
 
@@ -62,8 +63,8 @@ def _choices(found: Found) -> Html:
         el("li", f"{_name(target)}: {choice['loss'].upper()}, since {choice['reason']}.")
         for target, choice in found["recommended"].items()
     ]
-    return el("div", el("p", "Which regression loss the outputs of each kind of operator ask for in stage 1.", class_="lead"),
-              el("ul", items, class_="findings"))  # fmt: skip
+    lead = "Which regression loss the outputs of each kind of operator ask for in stage 1."
+    return el("div", el("p", lead, class_="lead"), el("ul", items, class_="findings"))
 
 
 def _name(target: str) -> str:
@@ -82,14 +83,18 @@ def _target(found: Found, target: str) -> Html:
             label = "Variance" if key == "variance" else "Excess kurtosis"
             caption = f"{label} of the {side} by layer and timestep{', logarithmic colour' if log else ''}."
             maps.append(_map(values, layers, bins, caption, log))
-    columns = [Column("layer"), Column("operator", True), *[Column(n.replace("_", " ")) for n in _STATISTICS],
-               Column("channels of most energy", True), Column("efficiency of the median"), Column("loss", True)]  # fmt: skip
+    columns = [Column("layer"), Column("operator", True), *[Column(n.replace("_", " ")) for n in _STATISTICS]]
+    columns += [
+        Column("channels of most energy", True),
+        Column("efficiency of the median"),
+        Column("loss", True),
+    ]
     return section(
         target, _name(target),
         data_table("Outputs, before the gate.", columns, [_row(site, "output") for site in sites]),
         data_table("Inputs.", columns[:-2], [_row(site, "input")[:-2] for site in sites]),
-        note("Kurtosis is excess: 0 for a normal distribution. Channel kurtosis is the median over channels, max abs the "
-             "largest absolute value, q999 the 99.9 % quantile of absolute values."),
+        note("Kurtosis is excess: 0 for a normal distribution. Channel kurtosis is the median over channels, max abs "
+             "the largest absolute value, q999 the 99.9 % quantile of absolute values."),
         el("div", maps, class_="plots"),
     )  # fmt: skip
 

@@ -71,6 +71,7 @@ def _error_table(
     if not paths or not (starts or final):
         return None
     known = [start for start in _STARTS if mapping(starts.get(start))]
+    losses = mapping(result.get("losses"))
     became = {
         words.plain(e.get("path")): words.operator_label(words.plain(e.get("to")), mapping(e.get("config")))
         for e in run.edits
@@ -78,7 +79,8 @@ def _error_table(
     rows: list[list[Child]] = []
     for path in paths:
         rows.append([
-            path, became.get(path, MISSING), *[significant(mapping(starts[start]).get(path), 3) for start in known],
+            path, became.get(path, MISSING), *([words.plain(losses.get(path, MISSING)).upper()] if losses else []),
+            *[significant(mapping(starts[start]).get(path), 3) for start in known],
             significant(final.get(path), 3), count(best.get(path)), count(rested[path]) if path in rested else MISSING,
         ])  # fmt: skip
     if len(paths) > 1:
@@ -86,6 +88,7 @@ def _error_table(
             [
                 "mean",
                 "",
+                *([""] if losses else []),
                 *[_mean(mapping(starts[start]), paths) for start in known],
                 _mean(final, paths),
                 "",
@@ -95,6 +98,7 @@ def _error_table(
     columns = [
         Column("operator", True),
         Column("now", True),
+        *([Column("loss", True)] if losses else []),
         *[Column(f"step 0, {start}") for start in known],
     ]
     columns += [Column("end"), Column("best step"), Column("rested at")]
@@ -227,7 +231,10 @@ def _logged_start(run: RunRecord) -> Mapping[str, Any]:
 
 
 def _loss_name(run: RunRecord, paths: Sequence[str]) -> str:
-    """The loss of a group as the plan or the recipe says."""
+    """The loss of a group as it was chosen, or as the recipe says."""
+    chosen = mapping(run.stage("distill").get("losses"))
+    if found := {words.plain(chosen[path]).upper() for path in paths if path in chosen}:
+        return ", ".join(sorted(found))
     losses = mapping(run.settings("distill").get("losses"))
     targets = {words.plain(e.get("target")) for e in run.edits if words.plain(e.get("path")) in set(paths)}
     named = {words.plain(losses[t]).upper() for t in targets if t in losses}

@@ -18,7 +18,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 # As the paper found; for targets that `losses` does not name.
 Target = Literal["mha", "mlp", "block_group"]
-DEFAULT_LOSSES: dict[Target, Literal["l1", "l2", "huber"]] = {"mha": "l1", "mlp": "l2", "block_group": "l1"}
+Loss = Literal["l1", "l2", "huber", "auto"]
+DEFAULT_LOSSES: dict[Target, Loss] = {"mha": "l1", "mlp": "l2", "block_group": "l1"}
 
 
 class Settings(BaseModel):
@@ -54,7 +55,9 @@ class Optimization(Settings):
 class DistillConfig(Optimization):
     """Stage 1. Losses of the plan's entries win over `losses`, which is per target."""
 
-    losses: dict[Target, Literal["l1", "l2", "huber"]] = dict(DEFAULT_LOSSES)
+    losses: dict[Target, Loss] = dict(DEFAULT_LOSSES)
+    # The file of `graft activations` that settles the loss auto; None: measured at the start.
+    activations: str | None = None
     mode: Literal["one-pass", "cached"] = "one-pass"
     fit_readout: bool = True
     fit_samples: Count = 256

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ from grafting.training.loop import (
     split,
     step_index,
 )
+from grafting.training.loss_choice import settle_losses
 from grafting.training.optimizers import Optimizers, make_optimizer
 
 STAGE = "distill"
@@ -70,6 +71,9 @@ class DistillResult:
     extraction_seconds: float = 0.0  # mode cached: of the teacher pass that filled the cache
     cache_bytes: int = 0  # mode cached: its size on disk
     rested: dict[str, int] = field(default_factory=dict)  # path -> step at which it stopped early
+    losses: dict[str, str] = field(
+        default_factory=dict
+    )  # path -> regression loss, also where the plan said auto
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -93,11 +97,13 @@ class _Pupil:
     stale: int = 0
     rested_at: int | None = None
 
+    def gated(self, output: Tensor, tap: Tap) -> Tensor:
+        """An output as the loss compares it: with `scaled`, times the block's gate."""
+        return output * tap.gate if self.scaled and tap.gate is not None else output
+
     def loss_on(self, tap: Tap) -> Tensor:
-        """The regression loss of this operator on one tap; with `scaled`, both sides carry the block's gate."""
-        output, target = run_on(self.operator, tap), tap.output
-        if self.scaled and tap.gate is not None:
-            output, target = output * tap.gate, target * tap.gate
+        """The regression loss of this operator on one tap."""
+        output, target = self.gated(run_on(self.operator, tap), tap), self.gated(tap.output, tap)
         return _LOSSES[self.loss](output.float(), target.float())
 
 
@@ -175,8 +181,6 @@ class _Stage:
         return pupils
 
     def _loss_of(self, given: str | None, target: str) -> str:
-        if given == "auto":
-            raise PlanError("loss: auto needs an activations file; choose l1, l2 or huber")
         losses = {str(target): loss for target, loss in (DEFAULT_LOSSES | self.config.losses).items()}
         return given or losses.get(target, "l1")
 
@@ -195,6 +199,7 @@ class _Stage:
             self.student, [pupil.parameters for pupil in pupils if pupil.parameters], config
         )
         if state is None:
+            self._choose_losses()
             start_error = self._start()
             first, seconds = 0, 0.0
             self.compute.equalise([v for pupil in pupils for v in pupil.operator.state_dict().values()])
@@ -248,6 +253,7 @@ class _Stage:
             extraction_seconds=cache.seconds if cache else 0.0,
             cache_bytes=cache.bytes if cache else 0,
             rested={pupil.path: pupil.rested_at for pupil in pupils if pupil.rested_at is not None},
+            losses={pupil.path: pupil.loss for pupil in pupils},
         )
 
     def taps(self, batch: Batch, paths: list[str]) -> dict[str, Tap]:
@@ -306,6 +312,33 @@ class _Stage:
         total = self.compute.sum(torch.tensor(list(totals.values()), device=self.compute.device))
         return dict(zip(totals, total.tolist(), strict=True))  # the same on all processes: they rest together
 
+    def _choose_losses(self) -> None:
+        """Settle `loss: auto` by the activations file, or by the donors' outputs on the calibration samples."""
+        waiting = {pupil.path: pupil for pupil in self.pupils if pupil.loss == "auto"}
+        if not waiting:
+            return
+
+        def outputs() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+            for taps in self._calibration(list(waiting)):
+                found = {path: waiting[path].gated(tap.output, tap) for path, tap in taps.items()}
+                yield torch.zeros(len(next(iter(found.values()))), dtype=torch.int64), found
+
+        chosen, efficiency = settle_losses(list(waiting), outputs, self.config.activations)
+        for path, pupil in waiting.items():
+            pupil.loss = chosen[path]
+        record = {"stage": STAGE, "step": 0, "event": "loss", "loss": chosen}
+        self.journal.log(record | ({"median_efficiency": efficiency} if efficiency else {}))
+
+    def _calibration(self, paths: list[str]) -> Iterator[dict[str, Tap]]:
+        """The teacher's taps on the calibration samples, a batch at a time."""
+        batches = Batches(
+            self.batches.data, self.family, self.teacher, seed=self.config.seed, purpose=f"{STAGE}/calibration",
+            label_dropout=self.config.label_dropout, device=self.compute.device,
+        )  # fmt: skip
+        size = min(self.config.fit_samples, len(self.batches.data))
+        for chunk in torch.arange(size).split(self.config.batch_size):
+            yield self.taps(batches.at(chunk), paths)
+
     def _start(self) -> dict[str, dict[str, float]]:
         """Fit the readouts (donor starts) and log the error at step 0 of random, copied and fitted operators."""
         config = self.config
@@ -356,17 +389,12 @@ class _Stage:
 
     def _fit(self, modules: Mapping[str, nn.Module]) -> None:
         """Ridge least squares of every readout on one calibration batch."""
-        size = min(self.config.fit_samples, len(self.batches.data))
-        calibration = Batches(
-            self.batches.data, self.family, self.teacher, seed=self.config.seed, purpose=f"{STAGE}/calibration",
-            label_dropout=self.config.label_dropout, device=self.compute.device,
-        )  # fmt: skip
         fits = {
             path: ReadoutFit(module, self.compute.device)
             for path, module in modules.items() if isinstance(module, (operators.Operator, BlockGroup))
         }  # fmt: skip
-        for chunk in torch.arange(size).split(self.config.batch_size):
-            for path, tap in self.taps(calibration.at(chunk), list(fits)).items():
+        for taps in self._calibration(list(fits)):
+            for path, tap in taps.items():
                 fits[path].add(Tap(tap.input.float(), tap.output.float(), None, tap.cond))
         for fit in fits.values():
             fit.solve(self.config.fit_ridge)
@@ -413,6 +441,7 @@ class _Stage:
                 pupil.path: {
                     "state": pupil.operator.state_dict(), "best": pupil.best, "best_step": pupil.best_step,
                     "best_state": pupil.best_state, "stale": pupil.stale, "rested_at": pupil.rested_at,
+                    "loss": pupil.loss,
                 } for pupil in self.pupils
             },
         }, self.config.keep_checkpoints)  # fmt: skip
@@ -425,6 +454,7 @@ class _Stage:
             pupil.operator.load_state_dict(saved["state"])
             pupil.best, pupil.best_step, pupil.stale = saved["best"], saved["best_step"], saved["stale"]
             pupil.best_state, pupil.rested_at = saved["best_state"], saved["rested_at"]
+            pupil.loss = saved["loss"]
         optimizer.load_state_dict(state["optimizer"])
         return state["start_error"], state["step"], state["seconds"]
 
