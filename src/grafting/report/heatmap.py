@@ -48,15 +48,11 @@ def heat_map(
         spine.set_visible(False)
     for (r, c, value), place in zip(cells, drawn, strict=True):
         share = 0.0 if top <= bottom else min(1.0, max(0.0, (place - bottom) / (top - bottom)))
-        axes.add_patch(
-            Rectangle(
-                (c - 0.47, r - 0.46), 0.94, 0.92, facecolor=_STAND_IN[AXIS], alpha=0.10, edgecolor="none"
-            )
-        )
-        axes.add_patch(
-            Rectangle((c - 0.47, r - 0.46), 0.94, 0.92, facecolor=_STAND_IN[STUDENT], alpha=_STRONGEST * share,
-                      edgecolor="none")
-        )  # fmt: skip
+        for color, opacity in ((AXIS, 0.10), (STUDENT, _STRONGEST * share)):
+            axes.add_patch(
+                Rectangle((c - 0.47, r - 0.46), 0.94, 0.92, facecolor=_STAND_IN[color], alpha=opacity,
+                          edgecolor="none", clip_on=False)
+            )  # fmt: skip
         if len(columns) <= _MAX_CELLS_WITH_TEXT:
             text = show(value) if show else significant(value, 2)
             axes.text(c, r, text, ha="center", va="center", fontsize=_TEXT_SIZE, color=_STAND_IN[INK],
