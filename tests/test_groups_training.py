@@ -21,6 +21,9 @@ from grafting.pipeline import Pipeline
 from grafting.recipes import load_recipe, recipe_mapping
 from grafting.recipes.depth import DEPTH_TO_WIDTH, summarize
 from grafting.recipes.rows import row_recipe
+from grafting.report import write_report
+from grafting.report.reading import read_run
+from grafting.report.words import sentence
 from grafting.runs import RunFolder
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
@@ -364,3 +367,17 @@ def test_the_benchmark_compares_equal_models() -> None:
     assert rows["teacher"]["speedup"] == 1.0
     with pytest.raises(GraftError, match="mode"):
         run_benchmark("depth", mode="fast")
+
+
+def test_the_report_counts_all_blocks_of_a_group(model: nn.Module, tmp_path: Path) -> None:
+    plan = GraftPlan([Parallelize([[0, 1]]), Prune([3])])
+    run = RunFolder.create(
+        tmp_path, {"name": "x", "model": "tiny", "plan": plan.to_dict()["entries"]}, Console()
+    )
+    run.finish("graft", explain(model, plan).to_dict())
+    said = sentence(read_run(tmp_path))
+    assert said.startswith(
+        "In 2 of the 4 blocks of tiny (0, 1), 2 side by side, run as one (merge concat) take the"
+    )
+    assert said.endswith("in 1 of the 4 blocks (3), nothing takes the place of blocks.")
+    assert "1 of 4 blocks are untouched" in write_report(tmp_path).read_text()

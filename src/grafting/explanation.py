@@ -48,7 +48,7 @@ class GroupEdit:
         return {
             "layer": self.site.layer, "layers": list(self.site.layers), "target": self.site.kind,
             "path": self.site.path, "from": f"{len(self.site.layers)} in sequence",
-            "to": f"{len(self.site.layers)} side by side (run {runs})", "config": {"merge": self.entry.merge},
+            "to": f"{len(self.site.layers)} side by side, run {runs}", "config": {"merge": self.entry.merge},
             "init": self.entry.init, "runs": runs,
             **_costs(self.before, self.after),
         }  # fmt: skip

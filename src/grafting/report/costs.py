@@ -54,7 +54,7 @@ def _target_table(run: RunRecord, num_layers: Any) -> Html | None:
     rows: list[list[Child]] = []
     split = any("operator_flops" in edit for edit in run.edits)
     for swap in words.swaps(run.edits):
-        share = len(swap.edits) / num_layers if isinstance(num_layers, int) and num_layers > 0 else None
+        share = len(swap.layers) / num_layers if isinstance(num_layers, int) and num_layers > 0 else None
         changes = [
             _of_target(swap, key, num_layers)
             for key in ("operator_flops", "featurizer_flops", "flops", "params")
@@ -78,7 +78,7 @@ def _of_target(swap: words.Swap, key: str, num_layers: Any) -> float | None:
         return None
     before = sum(a for a, _ in pairs if a is not None)
     total = (
-        before / len(pairs) * num_layers
+        before / max(1, len(swap.layers)) * num_layers
     )  # the blocks that keep their operator have one like those that lost it
     return (sum(b for _, b in pairs if b is not None) - before) / total if total else None
 

@@ -159,7 +159,8 @@ def layers(run: RunRecord) -> Html:
     columns = [Column(name, _TEXT) for name in ("operator", "target", "became", "settings", "start")]
     columns += [Column("parameters"), Column("FLOPs per image"), Column("change")]
     num = run.stage("graft").get("num_layers")
-    edited = {json.dumps(edit.get("layer"), default=str) for edit in run.edits}
+    held = [sequence(edit.get("layers")) or [edit.get("layer")] for edit in run.edits]
+    edited = {json.dumps(layer, default=str) for layers in held for layer in layers}
     kept = (
         f" {num - len(edited)} of {num} blocks are untouched."
         if isinstance(num, int) and num >= len(edited)

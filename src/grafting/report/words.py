@@ -10,7 +10,7 @@ from typing import Any
 from grafting.report.format import finite, mapping, pair, ranges, sequence
 from grafting.report.reading import RunRecord
 
-TARGETS = {"mha": "attention", "mlp": "MLP", "block_group": "groups of blocks"}
+TARGETS = {"mha": "attention", "mlp": "MLP", "block_group": "groups of blocks", "block": "blocks"}
 MEASURES = {
     "fd": ("Fréchet distance", False),
     "fid": ("FID", False),
@@ -36,7 +36,9 @@ class Swap:
 
     @property
     def layers(self) -> list[int]:
-        return [layer for edit in self.edits if isinstance(layer := edit.get("layer"), int)]
+        """Numbers of the blocks; a group of blocks has several."""
+        held = [sequence(edit.get("layers")) or [edit.get("layer")] for edit in self.edits]
+        return [layer for layers in held for layer in layers if isinstance(layer, int)]
 
     @property
     def label(self) -> str:
@@ -90,13 +92,14 @@ def sentence(run: RunRecord) -> str:
     total = run.stage("graft").get("num_layers")
     parts = []
     for number, swap in enumerate(found):
-        where = f"{len(swap.edits)} of the {total}" if finite(total) else f"{len(swap.edits)}"
-        if finite(total) and len(swap.edits) == total:
+        count = len(swap.layers)
+        where = f"{count} of the {total}" if finite(total) else f"{count}"
+        if finite(total) and count == total:
             where = f"all {total}"
         blocks = f"in {where} blocks"
         if number == 0:
             blocks += f" of {run.model}"
-        if not (finite(total) and len(swap.edits) == total):
+        if not (finite(total) and count == total):
             blocks += f" ({ranges(swap.layers)})"
         target = TARGETS.get(swap.target, swap.target)
         what = (
@@ -104,6 +107,8 @@ def sentence(run: RunRecord) -> str:
             if swap.old != swap.new
             else f"{target} is built anew as {swap.label}"
         )
+        if swap.target == "block_group":
+            what = f"{swap.label} take the place of {swap.old}"
         parts.append(f"{blocks}, {what}")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
