@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pixart_tools
 import pytest
 import torch
 from conftest import tiny_dit
@@ -18,6 +19,7 @@ from grafting.analysis.bands import band_mass, default_width, uniform_mass
 from grafting.analysis.locality import measure_locality
 from grafting.analysis.observation import bin_edges, bin_of
 from grafting.cli import app
+from grafting.conditioning import each
 from grafting.data import ImageLabelDataset
 from grafting.diffusion import sample
 from grafting.errors import DataError, PlanError
@@ -107,6 +109,41 @@ def test_on_data_it_equals_full_attention_maps(model: nn.Module, data: ImageLabe
             else:
                 assert value == pytest.approx(passes[0][inside].mean().item(), abs=TOLERANCE)
     assert found["protocol"]["along"] == "noised data"
+
+
+class Captioned:
+    """Random latents [40, 4, 8, 16] with captions: twice the tokens that the tiny PixArt was built for."""
+
+    name, content_hash, shape, num_classes, caption_width = "captioned", "0" * 64, (4, 8, 16), 0, 16
+
+    def __len__(self) -> int:
+        return 40
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Any]:
+        index = torch.as_tensor(indices)
+        return pixart_tools.latents(40, 8, 16)[index], each(
+            lambda part: part[index], pixart_tools.captions(40)
+        )
+
+
+def test_a_text_to_image_model_is_measured_on_its_data() -> None:
+    model = pixart_tools.tiny_transformer()
+    data: Any = Captioned()
+    found = measure_locality(model, data, num_samples=6, batch_size=3, widths=[4], timestep_bins=2)
+    family = family_of(model)
+    batch = Batches(
+        data, family, model, seed=0, purpose="locality", label_dropout=0.0, device=torch.device("cpu")
+    ).at(torch.arange(6))
+    taps = family.taps(model, batch.x_t, batch.t, batch.cond, [site.path for site in family.sites(model)])
+    assert found["num_tokens"] == 32
+    assert found["bands"][0]["uniform"] == uniform_mass(32, 4)
+    for layer, block in enumerate(model.transformer_blocks):
+        x = taps[f"transformer_blocks.{layer}.attn1"].input
+        q, k = (block.attn1.head_to_batch_dim(to(x)) for to in (block.attn1.to_q, block.attn1.to_k))
+        maps = block.attn1.get_attention_scores(q, k)  # diffusers' own
+        assert found["locality"][layer] == pytest.approx(band(maps, 4).mean().item(), abs=TOLERANCE)
+    with pytest.raises(GraftError, match="not class-conditional"):
+        measure_locality(model)
 
 
 def test_the_size_of_batches_and_blocks_changes_nothing_but_rounding(model: nn.Module) -> None:
@@ -245,6 +282,11 @@ def test_a_family_that_gives_no_queries_says_so(model: nn.Module, monkeypatch: p
     monkeypatch.delattr(DiTFamily, "queries_and_keys")
     with pytest.raises(GraftError, match="family 'dit' does not say what its queries and keys are"):
         measure_locality(model, num_samples=1, steps=1)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(GraftError, match="meta device"):
+        measure_locality(load_model("arch:DiT-S/8", device="meta"), num_samples=1)
 
 
 def test_attention_that_is_not_square_is_refused() -> None:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from grafting.analysis.moments import describe
-from grafting.analysis.observation import Progress, bin_edges, bin_of, check_counts, check_finite, evaluating
+from grafting.analysis.observation import (
+    Progress,
+    bin_edges,
+    bin_of,
+    check_counts,
+    check_finite,
+    device_of,
+    evaluating,
+)
 from grafting.analysis.regression import choose_loss, recommend
 from grafting.data import DataSource
 from grafting.families import family_of
@@ -44,7 +52,7 @@ def measure_activations(
     edges = bin_edges(timestep_bins)
     family = family_of(model)
     sites = family.sites(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     batches = Batches(data, family, model, seed=seed, purpose="activations", label_dropout=0.0, device=device)
     done = 0
 

@@ -21,6 +21,7 @@ from grafting.analysis.observation import (
     bin_of,
     check_counts,
     check_finite,
+    device_of,
     evaluating,
     inputs_seen,
 )
@@ -65,11 +66,13 @@ def measure_locality(
     family = family_of(model)
     sites, skipped = _sites(family, model)
     num_tokens = sites[0].num_tokens
+    if data is not None:  # a text-to-image model takes latents of other sizes than the one it was built for
+        num_tokens = num_tokens * math.prod(data.shape[1:]) // math.prod(family.sample_shape(model)[1:])
     widths = [default_width(num_tokens)] if widths is None else list(widths)
     check_widths(widths, num_tokens)
     edges = bin_edges(timestep_bins)
-    totals = _Totals(family, sites, widths, timestep_bins)
-    device = next(model.parameters()).device
+    totals = _Totals(family, sites, widths, timestep_bins, num_tokens)
+    device = device_of(model)
     with evaluating(model), inputs_seen({site.path: site.donor for site in sites}, totals.see):
         if data is None:
             protocol = _sampled(
@@ -140,12 +143,14 @@ def _sites(family: Family, model: nn.Module) -> tuple[list[Site], list[dict[str,
 class _Totals:
     """Sums of band mass per site, width, head and timestep bin, in float64 on the CPU."""
 
-    def __init__(self, family: Family, sites: Sequence[Site], widths: Sequence[int], num_bins: int) -> None:
+    def __init__(
+        self, family: Family, sites: Sequence[Site], widths: Sequence[int], num_bins: int, num_tokens: int
+    ) -> None:
         self.family, self.sites, self.widths = family, {site.path: site for site in sites}, list(widths)
         shape = (len(widths), num_bins, sites[0].num_heads)
         self.mass = {site.path: torch.zeros(shape, dtype=torch.float64) for site in sites}
         self.maps = {site.path: torch.zeros(num_bins, dtype=torch.float64) for site in sites}
-        self.num_bins = num_bins
+        self.num_bins, self.num_tokens = num_bins, num_tokens
         self.t = torch.zeros(0, dtype=torch.int64)  # timesteps of the batch the model is at
 
     def see(self, path: str, x: Tensor) -> None:
@@ -176,9 +181,8 @@ class _Totals:
                 (row.mean() / count).item() if count > 0 else None
                 for row, count in zip(mass, maps, strict=True)
             ]
-        num_tokens = next(iter(self.sites.values())).num_tokens
         return {
-            "k": width, "uniform": uniform_mass(num_tokens, width), "layers": self.by_layer(width, num_layers),
+            "k": width, "uniform": uniform_mass(self.num_tokens, width), "layers": self.by_layer(width, num_layers),
             "heads": heads, "timesteps": bins,
         }  # fmt: skip
 

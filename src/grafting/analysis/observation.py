@@ -63,6 +63,16 @@ def check_counts(**counts: int) -> None:
             raise GraftError(f"{name}={value!r}: expected a whole number of at least 1")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are. Raises GraftError for the meta device, where there are none."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise GraftError(
+            "this model is on the meta device and has no weights to run it with; load it on cpu or a GPU"
+        )
+    return device
+
+
 def bin_edges(num_bins: int) -> list[list[int]]:
     """Timesteps [first, last] of each bin, of equal length up to rounding. Raises GraftError."""
     check_counts(timestep_bins=num_bins)
