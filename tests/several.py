@@ -14,7 +14,12 @@ import torch
 
 from grafting import processes
 
-PRELOADED = ["torch", "torch.distributed", "torch.optim", "grafting.pipeline", "numpy"]
+PRELOADED = [
+    "grafting.pipeline",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "diffusers.schedulers",
+]
 
 
 def together(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:

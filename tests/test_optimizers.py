@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import tiny_dit
 from torch import nn
 
 from grafting.training.config import FinetuneConfig
-from grafting.training.optimizers import make_optimizer
+from grafting.training.optimizers import BadSteps, make_optimizer
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -63,3 +64,27 @@ def test_state_survives_a_round_trip(name: str) -> None:
     for p, q in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
         assert p.grad is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_with_bad_gradients_changes_nothing_and_is_counted(name: str) -> None:
+    model, untouched = tiny_dit(), tiny_dit()
+    plain, skipping = (
+        make_optimizer(m, [trained(m)], FinetuneConfig(optimizer=name)) for m in (untouched, model)
+    )
+    bad = BadSteps(torch.device("cpu"))
+    for step, norm in enumerate([1.0, float("nan"), float("inf"), 2.0]):
+        with_gradients(model, step)
+        if not math.isfinite(norm):
+            trained(model)[0].grad = torch.full_like(trained(model)[0], norm)
+        skipping.step(bad.note(torch.tensor(norm)))
+        if math.isfinite(norm):
+            with_gradients(untouched, step)
+            plain.step()
+    for a, b in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert str(skipping.state_dict()) == str(plain.state_dict())
+    assert (bad.skipped, bad.in_a_row, bad.longest) == (2, 0, 2)
+    again = BadSteps(torch.device("cpu"), 5, 3)
+    again.note(torch.tensor(float("inf")))
+    assert (again.skipped, again.in_a_row, again.longest) == (6, 4, 4)

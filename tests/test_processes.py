@@ -22,6 +22,7 @@ from grafting.launch import launch, wanted
 from grafting.processes import Place, first_host, place
 from grafting.runs import RunFolder
 from grafting.training.compute import Compute, make_compute
+from grafting.training.config import FinetuneConfig, settings
 from grafting.training.loop import Interrupted, Quiet
 
 PLAN = GraftPlan(
@@ -69,7 +70,10 @@ def assert_alike(
 def test_losses_errors_and_norms_are_those_of_one_process(
     data: ImageLabelDataset, alone: list[dict[str, float]], world: int
 ) -> None:
-    for records in together(world, both_stages, data, {}):  # batches of 10: uneven shares for 4 processes
+    changes = {"finetune": {"shard": "full" if world == 4 else "none", "micro_batch": 2}}
+    for records in together(
+        world, both_stages, data, changes
+    ):  # batches of 10: uneven shares for 4 processes
         assert_alike(records, alone)
 
 
@@ -78,7 +82,15 @@ def test_small_parts_add_up_to_the_batch(data: ImageLabelDataset, alone: list[di
 
 
 def test_parts_cover_the_batch_once_and_all_processes_have_as_many() -> None:
-    for world, size, micro in [(1, 10, 0), (1, 10, 3), (4, 10, 1), (4, 10, 2), (3, 9, 2), (4, 5, 1)]:
+    for world, size, micro in [
+        (1, 10, 0),
+        (1, 10, 3),
+        (4, 10, 1),
+        (4, 10, 2),
+        (3, 9, 2),
+        (4, 5, 1),
+        (4, 3, 0),
+    ]:
         of = [
             Compute(torch.device("cpu"), "fp32", rank, world).parts(torch.arange(size), micro)
             for rank in range(world)
@@ -126,14 +138,14 @@ def one_stage(folder: Path, data: ImageLabelDataset, changes: dict[str, Any], st
 def test_a_stop_reaches_all_and_a_run_of_two_goes_on_with_one_and_with_four(
     data: ImageLabelDataset, tmp_path: Path
 ) -> None:
-    settings = {"log_every": 4, "steps": 12}
-    whole = one_stage(tmp_path / "whole", data, settings, None)
-    stopped = together(2, one_stage, tmp_path / "run", data, settings, 6)
+    changes = {"log_every": 4, "steps": 12, "shard": "full", "preview_every": 6, "preview_samples": 2}
+    whole = one_stage(tmp_path / "whole", data, changes, None)
+    stopped = together(2, one_stage, tmp_path / "run", data, changes, 6)
     assert stopped == [(143, "stopped at step 6 on request; --resume goes on from there")] * 2
     assert [path.name for path in (tmp_path / "run/checkpoints/finetune").glob("*.pt")] == ["000000006.pt"]
     shutil.copytree(tmp_path / "run", tmp_path / "four")
-    one = one_stage(tmp_path / "run", data, settings, None)
-    four = together(4, one_stage, tmp_path / "four", data, settings, None)
+    one = one_stage(tmp_path / "run", data, changes, None)
+    four = together(4, one_stage, tmp_path / "four", data, changes, None)
     logs = [
         [numbers(record) for record in RunFolder(tmp_path / name).metrics()]
         for name in ("whole", "run", "four")
@@ -195,6 +207,11 @@ def test_the_place_of_a_process() -> None:
             place(wrong)
     names = [first_host(nodes) for nodes in ("gpu[03-05,9],cpu1", "node7", "a1,a2", "r[2]-ib")]
     assert names == ["gpu03", "node7", "a1", "r2-ib"]
+
+
+def test_muon_is_not_sharded() -> None:
+    with pytest.raises(RunError, match="whole matrices"):
+        settings(FinetuneConfig, {"shard": "full", "optimizer": "muon"}, "finetune")
 
 
 def test_processes_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,9 @@ def each(function: Callable[..., Tensor], *conditions: Any) -> Any:
 
 
 def move(condition: Any, device: torch.device | str) -> Any:
-    """The conditioning on a device."""
-    return each(lambda tensor: tensor.to(device), condition)
+    """The conditioning on a device; an accelerator is not waited for."""
+    ahead = torch.device(device).type != "cpu"  # copies to the CPU have to be complete
+    return each(lambda tensor: tensor.to(device, non_blocking=ahead), condition)
 
 
 def take(condition: Any, rows: Tensor | slice) -> Any:

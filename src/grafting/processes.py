@@ -114,10 +114,10 @@ def _group() -> _Group:
     if dist.is_initialized():  # by a program that uses this package
         return _Group(dist.new_group(backend="gloo", timeout=TIMEOUT), None)
     os.environ.update(_addresses(os.environ))
-    backend = "cpu:gloo"
+    backend = "gloo"
     if (accelerator := torch.accelerator.current_accelerator()) is not None:
-        with contextlib.suppress(ValueError):
-            backend += f",{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+        with contextlib.suppress(ValueError):  # one without a backend
+            backend = f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)

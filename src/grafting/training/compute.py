@@ -37,26 +37,17 @@ class Compute:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def share(self, index: Tensor) -> Tensor:
-        """This process's part of a global batch of indices. Raises GraftError where it would be empty."""
-        if len(index) < self.world:
-            raise GraftError(
-                f"batch_size={len(index)} is less than one sample for each of {self.world} processes; "
-                "give a larger batch_size or fewer processes"
-            )
-        return index[self.rank :: self.world]
-
     def parts(self, index: Tensor, micro_batch: int = 0) -> list[tuple[Tensor, float]]:
         """This process's share of a global batch, cut into (samples, weight); at most `micro_batch` samples, 0: all.
 
         Weighted and summed over parts and processes, the parts' means are the mean over the batch. Every process has as
         many parts (those without samples of their own repeat one with weight 0): sharded models compute together.
         """
-        mine = self.share(index)
+        mine = index[self.rank :: self.world]
         size = micro_batch or len(index)
         count = math.ceil(math.ceil(len(index) / self.world) / size)
         cut = [mine[number * size : (number + 1) * size] for number in range(count)]
-        return [(part if len(part) else mine[:1], len(part) / len(index)) for part in cut]
+        return [(part if len(part) else index[:1], len(part) / len(index)) for part in cut]
 
     def mine(self, items: Sequence[Any]) -> list[Any]:
         """This process's share of a list, which may be empty."""
@@ -72,7 +63,7 @@ class Compute:
 
         total = tensor.clone()
         with _reaching_others():
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=processes.control() if total.device.type == "cpu" else None)
         return total
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -90,7 +81,7 @@ class Compute:
                 parameter.grad = total.view_as(parameter).to(parameter.dtype)
 
     def equalise(self, tensors: Sequence[Tensor]) -> None:
-        """Give every process the first one's values, in place: machines may round a start differently."""
+        """Give every process the first one's values, in place: devices may round a start differently."""
         if self.world == 1:
             return
         import torch.distributed as dist

@@ -80,6 +80,9 @@ class FinetuneConfig(Optimization):
         "diffusion": 1.0
     }
     train: Literal["all", "blocks", "operators"] = "all"
+    shard: Literal["none", "full"] = (
+        "none"  # full: cut weights, gradients, moments and average over the processes
+    )
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # stratified share of the data that is trained on
     ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
     ema_decay: Fraction | None = None  # a fixed decay instead, such as the paper's 0.9999
@@ -93,6 +96,12 @@ class FinetuneConfig(Optimization):
     max_bad_steps: Annotated[int, Field(ge=0)] = (
         10  # steps in a row with non-finite gradients that are skipped
     )
+
+    @model_validator(mode="after")
+    def _whole_matrices(self) -> FinetuneConfig:
+        if self.shard == "full" and self.optimizer == "muon":
+            raise ValueError("optimizer muon works on whole matrices: give shard: none, or optimizer: adamw")
+        return self
 
     @model_validator(mode="after")
     def _some_objective(self) -> FinetuneConfig:

@@ -43,6 +43,7 @@ from grafting.training.loop import (
     family_and_model,
     held_out,
     learning_rate,
+    load_checkpoint,
     split,
     step_index,
 )
@@ -194,7 +195,7 @@ class _Stage:
 
     def _run(self) -> DistillResult:
         config, pupils = self.config, self.pupils
-        state = self.journal.load_checkpoint(STAGE)
+        state = load_checkpoint(self.journal, STAGE, self.compute)
         optimizer = make_optimizer(
             self.student, [pupil.parameters for pupil in pupils if pupil.parameters], config
         )

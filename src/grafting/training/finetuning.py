@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from grafting.training.compute import Compute, make_compute
 from grafting.training.config import FinetuneConfig, settings
 from grafting.training.loop import (
     EMA,
+    Batch,
     Batches,
     Clock,
     Interrupted,
@@ -26,13 +29,15 @@ from grafting.training.loop import (
     Quiet,
     agreed,
     family_and_model,
-    held_out,
+    held_out_shares,
     learning_rate,
+    load_checkpoint,
     split,
     step_index,
 )
 from grafting.training.objectives import mixed_loss
-from grafting.training.optimizers import Optimizers, make_optimizer
+from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
+from grafting.training.sharding import hold, optimizer_state
 
 STAGE = "finetune"
 _Losses = tuple[dict[str, Tensor], Tensor]  # of one step: the loss under "" and its terms; the gradient norm
@@ -80,7 +85,8 @@ def finetune(
         )
     family = family_and_model(student, teacher)
     compute = make_compute(next(student.parameters()).device, config.precision)
-    student.to(compute.device)
+    if config.shard == "none" or compute.world == 1:
+        student.to(compute.device)
     if teacher is not None:
         teacher = teacher.to(compute.device).eval()
     return _Stage(family, student, teacher, data, config, compute, journal or Quiet()).run()
@@ -114,6 +120,19 @@ def trained_parameters(family: Family, student: nn.Module, what: str) -> dict[st
     return {name: p for name, p in parameters.items() if name.startswith(prefixes)}
 
 
+@dataclass
+class _Course:
+    """What changes from step to step; checkpoints hold it."""
+
+    optimizer: Optimizers
+    ema: EMA
+    bad: BadSteps
+    step: int = 0
+    seconds: float = 0.0
+    validation: dict[int, float] = field(default_factory=dict)
+    window: list[_Losses] = field(default_factory=list)  # since the last line of the log
+
+
 class _Stage:
     def __init__(
         self, family: Family, student: nn.Module, teacher: nn.Module | None, data: DataSource, config: FinetuneConfig,
@@ -121,8 +140,8 @@ class _Stage:
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
         self.config, self.compute, self.journal = config, compute, journal
-        self.parameters = trained_parameters(family, student, config.train)
-        if not self.parameters:
+        self.names = list(trained_parameters(family, student, config.train))
+        if not self.names:
             raise PlanError("stage 2 has nothing to train: every operator of the plan says train: false")
         train, validation = split(data, config.num_validation, config.seed)
         if config.fraction < 1:  # of what is not held out: the same samples are held out at every fraction
@@ -132,193 +151,207 @@ class _Stage:
             label_dropout=config.label_dropout, device=compute.device,
         )  # fmt: skip
         self.held_out = (
-            held_out(self.batches, validation, config.batch_size) if validation is not None else []
+            held_out_shares(self.batches, validation, config.batch_size, compute)
+            if validation is not None
+            else []
         )
         self.layers = family.feature_layers(student)
         horizon = max(1.0, config.ema_horizon * config.steps)
         self.decay = config.ema_decay if config.ema_decay is not None else 1 - 1 / horizon
 
     def run(self) -> FinetuneResult:
-        config, compute = self.config, self.compute
-        frozen = [
-            p
-            for p in self.student.parameters()
-            if p.requires_grad and not any(p is q for q in self.parameters.values())
-        ]
+        named = dict(self.student.named_parameters())
+        frozen = [p for name, p in named.items() if p.requires_grad and name not in set(self.names)]
         for parameter in frozen:
             parameter.requires_grad_(False)
-        self.student.train()
+        blocks = self.family.block_paths(self.student)
+        self.held = hold(self.student, self.names, blocks, self.compute, self.config.shard)
+        self.held.train(True)
         try:
-            return self._run(config, compute)
+            return self._run(self.config, self.compute)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             self.student.eval()
 
     def _run(self, config: FinetuneConfig, compute: Compute) -> FinetuneResult:
-        optimizer = make_optimizer(self.student, [list(self.parameters.values())], config)
-        ema = EMA(self.parameters, self.decay)
-        first, seconds, skipped, in_a_row = 0, 0.0, 0, 0
-        validation: dict[int, float] = {}
-        state = self.journal.load_checkpoint(STAGE)
-        if state is not None:
-            with torch.no_grad():
-                for name, value in state["parameters"].items():
-                    self.parameters[name].copy_(value)
-            ema.values = {name: value.to(compute.device) for name, value in state["ema"].items()}
-            optimizer.load_state_dict(state["optimizer"])
-            first, seconds, skipped, in_a_row = (
-                state["step"],
-                state["seconds"],
-                state["skipped"],
-                state["in_a_row"],
-            )
-            validation = state["validation"]
-        elif self.held_out:
-            validation[0] = self._validate(ema)
-            self.journal.log({"stage": STAGE, "step": 0, "event": "validation", "loss": validation[0]})
-        clock = Clock(first, config.steps)
-        window: list[_Losses] = [
-            (
-                {k: v.to(compute.device) * compute.is_main for k, v in losses.items()},  # they are summed
-                norm.to(compute.device),
-            )
-            for losses, norm in (state["unlogged"] if state is not None else [])
-        ]
-
+        course = self._begin()
+        first, clock = course.step, Clock(course.step, config.steps)
+        before = course.seconds
         for step in range(first, config.steps):
             if (code := compute.agree_to_stop(self.journal.stop_requested())) is not None:
-                self._checkpoint(
-                    step, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row,
-                    [(agreed(compute, losses), norm) for losses, norm in window],
-                )  # fmt: skip
+                course.window = [(agreed(compute, losses), norm) for losses, norm in course.window]
+                self._checkpoint(course)
                 raise Interrupted(code, step)
-            optimizer.set_learning_rate(learning_rate(config, step))
+            course.optimizer.set_learning_rate(learning_rate(config, step))
             losses, norm = self._backward(step)
-            if torch.isfinite(norm):
-                optimizer.step()
-                ema.update(self.parameters, step)
-                in_a_row = 0
-            else:
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-            optimizer.zero_grad()
-            window.append((losses, norm))
+            course.optimizer.step(course.bad.note(norm))
+            course.ema.update(self.held.parameters, step)
+            course.optimizer.zero_grad()
+            self.held.clear_gradients()
+            course.window.append((losses, norm))
             done = step + 1
+            course.step, course.seconds = done, before + clock.seconds
+            logs = done % config.log_every == 0 or done % config.checkpoint_every == 0 or done == config.steps
             if (
-                in_a_row > config.max_bad_steps
-                or done % config.log_every == 0
-                or done % config.checkpoint_every == 0
-                or done == config.steps
-            ):
-                self._log(done, window, clock, in_a_row > config.max_bad_steps)
-                window = []
+                logs or compute.device.type == "cpu"
+            ):  # elsewhere a look at the counter would wait for the device
+                too_many = course.bad.longest > config.max_bad_steps
+                if logs or too_many:
+                    self._log(course, clock, too_many)
+                    course.window = []
             if self.held_out and (done % config.validate_every == 0 or done == config.steps):
-                validation[done] = self._validate(ema)
-                self.journal.log(
-                    {"stage": STAGE, "step": done, "event": "validation", "loss": validation[done]}
-                )
-            if config.preview_every and done % config.preview_every == 0 and compute.is_main:
-                self.journal.preview(STAGE, done, self._preview(ema))
+                self._note_validation(course)
+            if config.preview_every and done % config.preview_every == 0:
+                self._preview(course)
             if done % config.checkpoint_every == 0 or done == config.steps:
-                self._checkpoint(done, optimizer, ema, seconds + clock.seconds, validation, skipped, in_a_row)
+                self._checkpoint(course)
 
-        ema.swap(self.parameters)
+        course.ema.swap(self.held.parameters)
+        self.held.hand_back()
         visits = config.steps * config.batch_size
+        named = dict(self.student.named_parameters())
         return FinetuneResult(
             steps=config.steps,
             image_visits=visits,
             flops=self._flops(visits),
-            seconds=seconds + clock.seconds,
-            trained_params=sum(p.numel() for p in self.parameters.values()),
+            seconds=before + clock.seconds,
+            trained_params=sum(named[name].numel() for name in self.names),
             ema_decay=self.decay,
-            validation=validation,
-            skipped_steps=skipped,
+            validation=course.validation,
+            skipped_steps=course.bad.skipped,
         )
+
+    def _begin(self) -> _Course:
+        """The first step, or the one after the newest checkpoint."""
+        held, compute, device = self.held, self.compute, self.compute.device
+        optimizer = make_optimizer(self.student, [list(held.parameters.values())], self.config)
+        state = load_checkpoint(self.journal, STAGE, compute)
+        if state is None:
+            course = _Course(optimizer, EMA(held.parameters, self.decay), BadSteps(device))
+            if self.held_out:
+                self._note_validation(course)
+            return course
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                held.parameters[name].copy_(held.part(name, value))
+        ema = EMA(held.parameters, self.decay)
+        ema.values = {name: held.part(name, value.to(device)) for name, value in state["ema"].items()}
+        optimizer.load_state_dict(optimizer_state(state["optimizer"], self.names, held.part))
+        window = [
+            (
+                {k: v.to(device) * compute.is_main for k, v in losses.items()},
+                norm.to(device),
+            )  # they are summed
+            for losses, norm in state["unlogged"]
+        ]
+        bad = BadSteps(device, state["skipped"], state["in_a_row"])
+        return _Course(optimizer, ema, bad, state["step"], state["seconds"], state["validation"], window)
 
     def _backward(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of one step in place; this process's part of the losses, and the gradient norm before clipping."""
-        found: dict[str, Tensor] = {}
-        for part, weight in self.compute.parts(
-            step_index(step, self.config.batch_size), self.config.micro_batch
-        ):
-            batch = self.batches.at(part)
-            with self.compute.autocast():
-                loss, terms = mixed_loss(
-                    self.family, self.student, self.teacher, batch, self.config, self.layers
-                )
-                loss = loss * weight
-            loss.backward()
-            for name, value in {"": loss.detach(), **{k: v * weight for k, v in terms.items()}}.items():
-                found[name] = found.get(name, 0) + value
-        parameters = list(self.parameters.values())
-        self.compute.sum_gradients(parameters)
-        return found, nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        config, found = self.config, dict[str, Tensor]()
+        for index, weight in self.compute.parts(step_index(step, config.batch_size), config.micro_batch):
+            batch = self.batches.at(index)
 
-    def _log(self, step: int, window: list[_Losses], clock: Clock, bad: bool) -> None:
+            def objectives(model: nn.Module, batch: Batch = batch) -> tuple[Tensor, dict[str, Tensor]]:
+                with self.compute.autocast():
+                    return mixed_loss(self.family, model, self.teacher, batch, config, self.layers)
+
+            loss, terms = self.held.call(objectives)
+            (loss * (weight * self.held.loss_scale)).backward()
+            for name, value in {"": loss.detach(), **terms}.items():
+                found[name] = found.get(name, 0) + value * weight
+        return found, self.held.finish_gradients(config.clip)
+
+    def _log(self, course: _Course, clock: Clock, too_many: bool) -> None:
+        step, window = course.step, course.window
         names = list(window[0][0])
         rows = [torch.stack(list(losses.values())) for losses, _ in window]
         loss, *values = self.compute.sum(torch.stack(rows).mean(dim=0)).tolist()
         terms = dict(zip(names[1:], values, strict=True))
         norm = torch.stack([norm for _, norm in window]).max().item()
-        if bad or loss != loss or loss in (float("inf"), float("-inf")):
+        if too_many or not math.isfinite(loss):
             raise DivergedError(
                 f"stage 2 diverged: loss {loss} and gradient norm {norm} at step {step}; the last good checkpoint is "
                 f"kept; lower lr (now {self.config.lr:g}) or use precision fp32"
             )
-        finite_norm = norm if norm == norm and norm != float("inf") else None
         self.journal.log({
             "stage": STAGE, "step": step, "lr": learning_rate(self.config, step - 1), "loss": loss, "terms": terms,
-            "grad_norm": finite_norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
         })  # fmt: skip
         rate = (step - clock.first) * self.config.batch_size / max(clock.seconds, 1e-9)
         self.journal.progress(
             STAGE, step, self.config.steps, f"loss {loss:.4f}, {rate:.0f} images/s, ETA {clock.eta(step)}"
         )
 
-    @torch.no_grad()
+    def _note_validation(self, course: _Course) -> None:
+        loss = course.validation[course.step] = self._validate(course.ema)
+        self.journal.log({"stage": STAGE, "step": course.step, "event": "validation", "loss": loss})
+
+    @contextlib.contextmanager
+    def _averaged(self, ema: EMA) -> Iterator[None]:
+        """While inside, the model has the averaged weights."""
+        ema.swap(self.held.parameters)
+        self.held.train(False)
+        try:
+            with torch.no_grad(), self.compute.autocast():
+                yield
+        finally:
+            ema.swap(self.held.parameters)
+            self.held.train(True)
+
     def _validate(self, ema: EMA) -> float:
         """Held-out DiT loss of the averaged weights."""
-        ema.swap(self.parameters)
-        self.student.eval()
-        try:
-            total, count = 0.0, 0
-            for batch in self.held_out:
-                with self.compute.autocast():
-                    output = self.family.predict(self.student, batch.x_t, batch.t, batch.cond)
-                total += loss_from_output(output, batch.x0, batch.t, batch.noise)["loss"].sum().item()
-                count += len(batch.t)
-            return total / count
-        finally:
-            ema.swap(self.parameters)
-            self.student.train()
+        total, count = 0.0, 0
+        with self._averaged(ema):
+            for batch, counts in self.held_out:
 
-    def _preview(self, ema: EMA) -> Tensor:
+                def predict(model: nn.Module, batch: Batch = batch) -> Tensor:
+                    return self.family.predict(model, batch.x_t, batch.t, batch.cond)
+
+                output = self.held.call(predict)
+                if counts:
+                    total += loss_from_output(output, batch.x0, batch.t, batch.noise)["loss"].sum().item()
+                    count += len(batch.t)
+        if self.compute.world > 1:
+            total, count = self.compute.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        return total / count
+
+    def _preview(self, course: _Course) -> None:
         """A few quick samples [N, C, H, W] of the averaged weights, from the same noise every time."""
+        if not (self.compute.is_main or self.held.takes_all):
+            return
         index = torch.arange(self.config.preview_samples, device=self.compute.device)
         noise = draws.normal(self.config.seed, "preview", index, self.family.sample_shape(self.student))
-        ema.swap(self.parameters)
-        self.student.eval()
-        try:
-            with self.compute.autocast():
-                return sample(
-                    self.student, noise, index % (self.family.num_classes(self.student) or 1),
-                    steps=10, sampler="dpm++", guidance=1.5,
-                )  # fmt: skip
-        finally:
-            ema.swap(self.parameters)
-            self.student.train()
+        labels = index % (self.family.num_classes(self.student) or 1)
 
-    def _checkpoint(
-        self, step: int, optimizer: Optimizers, ema: EMA, seconds: float, validation: dict[int, float],
-        skipped: int, in_a_row: int, unlogged: list[_Losses] | None = None,
-    ) -> None:  # fmt: skip
-        if not self.compute.is_main:
+        def draw(model: nn.Module) -> Tensor:
+            return sample(model, noise, labels, steps=10, sampler="dpm++", guidance=1.5)
+
+        with self._averaged(course.ema):
+            samples = self.held.call(draw)
+        self.journal.preview(STAGE, course.step, samples)
+
+    def _checkpoint(self, course: _Course) -> None:
+        held, main = self.held, self.compute.is_main
+        if not (main or held.takes_all):
             return
-        self.journal.save_checkpoint(STAGE, step, {
-            "step": step, "seconds": seconds, "validation": validation, "skipped": skipped, "in_a_row": in_a_row,
-            "parameters": {name: p.detach() for name, p in self.parameters.items()}, "ema": ema.values,
-            "optimizer": optimizer.state_dict(), "unlogged": list(unlogged or []),
-        }, self.config.keep_checkpoints)  # fmt: skip
+
+        def kept(name: str, value: Tensor) -> Tensor:
+            whole = held.whole(name, value)
+            return whole if main else whole.new_empty(0)
+
+        state = {
+            "step": course.step, "seconds": course.seconds, "validation": course.validation,
+            "skipped": course.bad.skipped, "in_a_row": course.bad.in_a_row,
+            "parameters": {name: kept(name, p.detach()) for name, p in held.parameters.items()},
+            "ema": {name: kept(name, value) for name, value in course.ema.values.items()},
+            "optimizer": optimizer_state(course.optimizer.state_dict(), self.names, kept),
+            "unlogged": list(course.window),
+        }  # fmt: skip
+        if main:
+            self.journal.save_checkpoint(STAGE, course.step, state, self.config.keep_checkpoints)
 
     def _flops(self, visits: int) -> float:
         """Three student passes (forward, backward twice) per visit, and one of the teacher where it is matched."""

@@ -15,7 +15,7 @@ from grafting import draws
 from grafting.conditioning import choose, move
 from grafting.data import DataSource
 from grafting.diffusion import NUM_TIMESTEPS, add_noise
-from grafting.errors import DataError
+from grafting.errors import DataError, RunError
 from grafting.families import Family, family_of
 from grafting.training.compute import Compute
 from grafting.training.config import Optimization
@@ -106,7 +106,7 @@ class Batches:
 
     def noised(self, index: Tensor, x0: Tensor, y: Any) -> Batch:
         """Draw timesteps, noise and label dropout for given samples."""
-        x0, y, index = x0.to(self.device), move(y, self.device), index.to(self.device)
+        x0, index, y = move((x0, index, y), self.device)
         t = draws.integers(self.seed, f"{self.purpose}/t", index, NUM_TIMESTEPS)
         noise = draws.normal(self.seed, f"{self.purpose}/noise", index, tuple(x0.shape[1:]))
         if self.label_dropout > 0:
@@ -129,17 +129,45 @@ def agreed(compute: Compute, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: flat[i].view_as(value) for i, (name, value) in enumerate(losses.items())}
 
 
-def held_out(batches: Batches, data: DataSource, batch_size: int) -> list[Batch]:
-    """Fixed batches over a held-out set: its t, noise and labels never change."""
-    fixed = Batches(
+def _fixed(batches: Batches, data: DataSource) -> Batches:
+    return Batches(
         data, batches.family, batches.model, seed=batches.seed, purpose=f"{batches.purpose}/validation",
         label_dropout=batches.label_dropout, device=batches.device,
     )  # fmt: skip
+
+
+def held_out(batches: Batches, data: DataSource, batch_size: int) -> list[Batch]:
+    """Fixed batches over a held-out set: its t, noise and labels never change."""
+    fixed = _fixed(batches, data)
     found = []
     for start in range(0, len(data), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(data)))
         found.append(fixed.noised(rows, *data.batch(rows)))
     return found
+
+
+def held_out_shares(
+    batches: Batches, data: DataSource, batch_size: int, compute: Compute
+) -> list[tuple[Batch, bool]]:
+    """This process's part of every held-out batch, and whether it counts (one that is empty repeats a sample)."""
+    fixed = _fixed(batches, data)
+    found = []
+    for rows in torch.arange(len(data)).split(batch_size):
+        [(mine, weight)] = compute.parts(rows)
+        found.append((fixed.noised(mine, *data.batch(mine)), weight > 0))
+    return found
+
+
+def load_checkpoint(journal: Journal, stage: str, compute: Compute) -> dict[str, Any] | None:
+    """The newest checkpoint of a stage, the same one on all processes. Raises RunError if they see different ones."""
+    state = journal.load_checkpoint(stage)
+    step = state["step"] if state is not None else None
+    if compute.from_main(step) != step:
+        raise RunError(
+            f"process {compute.rank} finds the {stage} checkpoint of step {step}, the first process another one; "
+            "all machines need the same run folder, on a shared file system"
+        )
+    return state
 
 
 def split(data: DataSource, num_validation: int, seed: int) -> tuple[DataSource, DataSource | None]:

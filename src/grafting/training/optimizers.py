@@ -10,12 +10,43 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grafting.models.stacked import StackedLinear
 from grafting.training.config import Optimization
 
 MOMENTUM = 0.9
+
+
+class BadSteps:
+    """Steps with non-finite gradients, counted on the device: no step waits for the answer."""
+
+    def __init__(self, device: torch.device, skipped: int = 0, in_a_row: int = 0) -> None:
+        self._counts = torch.tensor([skipped, in_a_row, in_a_row], dtype=torch.float32, device=device)
+
+    def note(self, norm: Tensor) -> Tensor:
+        """Count a step by its gradient norm; 1.0 if it has to be skipped, else 0.0, on the device."""
+        bad = (~torch.isfinite(norm)).float()
+        skipped, in_a_row, longest = self._counts.unbind()
+        skipped.add_(bad)
+        in_a_row.add_(1.0).mul_(bad)
+        torch.maximum(longest, in_a_row, out=longest)
+        return bad
+
+    @property
+    def skipped(self) -> int:
+        """All of them."""
+        return int(self._counts[0])
+
+    @property
+    def in_a_row(self) -> int:
+        """The last of them, up to the newest step."""
+        return int(self._counts[1])
+
+    @property
+    def longest(self) -> int:
+        """The most in a row."""
+        return int(self._counts[2])
 
 
 class Optimizers:
@@ -31,13 +62,20 @@ class Optimizers:
     ) -> None:
         self.parts, self.slices = list(parts), list(slices)
 
-    def step(self) -> None:
-        """One step of each."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """One step of each, unless `skip` (a scalar on the device) is 1: then nothing changes."""
         for whole, rows in self.slices:
             for number, row in enumerate(rows):
                 row.grad = None if whole.grad is None else whole.grad[number]
         for part in self.parts:
-            part.step()
+            if skip is None:
+                part.step()
+            elif isinstance(part, torch.optim.AdamW):  # fused: it reads the scalar where it is
+                part.found_inf = skip  # type: ignore[attr-defined]
+                part.step()
+                del part.found_inf  # type: ignore[attr-defined]
+            elif not skip:
+                part.step()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
