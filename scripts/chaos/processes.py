@@ -1,10 +1,11 @@
-"""What several processes give against one, and what is left when one of them is killed; docs/reliability.md has the figures.
+"""What several processes give against one, and what is left when one of them is killed.
 
     python scripts/chaos/processes.py equality [--steps 100] [--out FILE]
     python scripts/chaos/processes.py ends [--out FILE]
 
-`equality` trains both stages on a miniature with 1, 2 and 4 processes on the CPU (stage 2 replicated and sharded) and
-prints the largest differences of the logged figures. `ends` kills, stops and starves processes of a real command.
+`equality` trains each stage from the same start on a miniature with 1, 2 and 4 processes on the CPU (stage 2 replicated
+and sharded) and prints the largest differences of the logged losses. `ends` kills and stops processes of a real
+command. docs/reliability.md has the figures.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ RECIPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def world(folder: Path, steps: int, **finetune: Any) -> None:
-    """A tiny DiT with drawn weights, noisy images, and the recipe."""
+def world(folder: Path, distill: dict[str, Any] | None, finetune: dict[str, Any] | None) -> None:
+    """A tiny DiT with drawn weights, noisy images, and the recipe with these changes of its stages."""
     import torch
 
     from grafting import save_model
@@ -51,9 +52,11 @@ def world(folder: Path, steps: int, **finetune: Any) -> None:
             np.cumsum(generator.normal(size=(400, 1, 32, 32)), axis=-1).clip(-9, 9).astype(np.float32) / 9
         )
         np.savez(folder / "data.npz", arr_0=images, arr_1=np.arange(400) % 10)
-    recipe = {stage: {**RECIPE[stage], "steps": steps} for stage in ("distill", "finetune")}
-    recipe["finetune"] |= finetune
-    (folder / "recipe.yaml").write_text(json.dumps({**RECIPE, **recipe}))
+    stages = {
+        "distill": None if distill is None else {**RECIPE["distill"], **distill},
+        "finetune": None if finetune is None else {**RECIPE["finetune"], **finetune},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps({**RECIPE, **stages}))
 
 
 def start(folder: Path, name: str, processes: int, *more: str) -> subprocess.Popen[str]:
@@ -75,53 +78,55 @@ def finish(process: subprocess.Popen[str], patience: float = 900) -> tuple[int, 
     ]
 
 
-def figures(record: Any, path: str = "") -> dict[str, float]:
+def losses(record: Any, path: str = "") -> dict[str, float]:
+    """The losses and errors of a line of the log, by their place."""
     if isinstance(record, dict):
-        return {k: v for name, item in record.items() for k, v in figures(item, f"{path}/{name}").items()}
-    return {path: record} if isinstance(record, float) and not path.endswith(("/lr", "seconds")) else {}
+        return {k: v for name, item in record.items() for k, v in losses(item, f"{path}/{name}").items()}
+    return {path: record} if isinstance(record, float) and path not in ("/lr", "/grad_norm") else {}
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def differences(mine: Path, theirs: Path, upto: int) -> dict[str, float]:
-    """Largest difference of each stage's logged figures up to a step, relative to the figure or to 1 if it is smaller."""
-    found = {"distill": 0.0, "finetune": 0.0}
+def differences(mine: Path, theirs: Path, stage: str, steps: range) -> float:
+    """Largest difference of a stage's losses and errors in these steps, relative where they are above 1."""
+    found = 0.0
     for a, b in zip(log(mine), log(theirs), strict=True):
-        if a.get("stage") not in found or a["step"] > upto:
-            continue
-        x, y = figures(a), figures(b)
-        found[a["stage"]] = max([found[a["stage"]], *(abs(x[k] - y[k]) / max(1.0, abs(y[k])) for k in y)])
+        if a.get("stage") == stage and a["step"] in steps:
+            x, y = losses(a), losses(b)
+            found = max([found, *(abs(x[k] - y[k]) / max(1.0, abs(y[k])) for k in y)])
     return found
 
 
 def equality(steps: int) -> list[dict[str, Any]]:
     rows = []
+    several: list[tuple[str, int, dict[str, Any]]] = [
+        ("one", 1, {}), ("one, parts of 5", 1, {"micro_batch": 5}), ("two", 2, {}), ("four", 4, {}),
+    ]  # fmt: skip
+    sharded = [(f"{name}, sharded", number, {"shard": "full"}) for name, number in (("two", 2), ("four", 4))]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for name, processes, changes in [
-            ("one", 1, {}), ("two", 2, {}), ("four", 4, {}), ("two-sharded", 2, {"shard": "full"}),
-            ("four-sharded", 4, {"shard": "full"}), ("one-in-parts", 1, {"micro_batch": 5}),
-        ]:  # fmt: skip
-            world(folder, steps, **changes)
-            started = time.perf_counter()
-            code, lines = finish(start(folder, name, processes))
-            if code:
-                raise SystemExit(f"{name}: {code}: {lines}")
-            row: dict[str, Any] = {
-                "run": name,
-                "processes": processes,
-                "seconds": round(time.perf_counter() - started),
-            }
-            if name != "one":
-                row |= {"to step 20": differences(folder / name, folder / "one", 20),
-                        f"to step {steps}": differences(folder / name, folder / "one", steps)}  # fmt: skip
-                row["teacher samples equal"] = (folder / name / "samples/teacher.npz").read_bytes() == (
-                    folder / "one/samples/teacher.npz"
-                ).read_bytes()
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        for stage, runs in (("distill", several), ("finetune", several + sharded)):
+            reference = folder / f"{stage}-one"
+            for name, processes, changes in runs:
+                mine = {"steps": steps, **changes}
+                world(folder, mine if stage == "distill" else None, mine if stage == "finetune" else None)
+                run = folder / f"{stage}-{name.replace(', ', '-').replace(' ', '-')}"
+                code, lines = finish(start(folder, run.name, processes))
+                if code:
+                    raise SystemExit(f"{name}: {code}: {lines}")
+                row: dict[str, Any] = {"stage": stage, "run": name}
+                if run != reference:
+                    row |= {
+                        "steps 0-20": differences(run, reference, stage, range(21)),
+                        f"step {steps}": differences(run, reference, stage, range(steps, steps + 1)),
+                        "largest": differences(run, reference, stage, range(steps + 1)),
+                        "samples of the teacher equal": (run / "samples/teacher.npz").read_bytes()
+                        == (reference / "samples/teacher.npz").read_bytes(),
+                    }
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     return rows
 
 
@@ -150,7 +155,7 @@ def ends() -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        world(folder, 60, checkpoint_every=10, shard="full")
+        world(folder, None, {"steps": 60, "checkpoint_every": 10, "shard": "full"})
         code, lines = finish(start(folder, "whole", 1))
         if code:
             raise SystemExit(f"whole: {code}: {lines}")
@@ -179,7 +184,7 @@ def ends() -> list[dict[str, Any]]:
                 code, lines = finish(start(folder, copy.name, processes, "--resume"))
                 if code:
                     raise SystemExit(f"resume on {processes}: {code}: {lines}")
-                row[f"resumed on {processes}"] = differences(copy, folder / "whole", 60)["finetune"]
+                row[f"resumed on {processes}"] = differences(copy, folder / "whole", "finetune", range(61))
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
