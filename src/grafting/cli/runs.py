@@ -42,6 +42,7 @@ def run(
 ) -> None:  # fmt: skip
     """Run a recipe: load, graft, distill, finetune, sample, evaluate, report."""
     from grafting.pipeline import Pipeline
+    from grafting.processes import is_one_of_several
     from grafting.recipes import load_recipe
     from grafting.runs import RunFolder
 
@@ -50,6 +51,8 @@ def run(
         *([f"dtype={dtype}"] if dtype else []),
         *([f"seed={seed}"] if seed is not None else []),
     ]
+    if not dry_run and is_one_of_several():
+        spread(processes, device)  # first of all, so that an error is printed once
     resolved = load_recipe(recipe, overrides)
     folder = out or Path("runs") / resolved.name
     if not dry_run:

@@ -130,9 +130,10 @@ def settings(kind: type[Kind], given: Kind | Mapping[str, Any] | None, where: st
             known = list(_nested(kind, problem["loc"][:-1]).model_fields)
             hint = closest(key.split(".")[-1], known)
             raise RunError(f"{where}: unknown key {key!r}{hint}; known: {', '.join(known)}") from None
-        raise RunError(
-            f"{where}: {key}={str(problem['input'])[:80]!r}: {problem['msg'].removeprefix('Value error, ')}"
-        ) from None
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "value_error" and isinstance(problem["input"], Mapping):
+            raise RunError(f"{where}: {message if key == where else f'{key}: {message}'}") from None
+        raise RunError(f"{where}: {key}={str(problem['input'])[:80]!r}: {message}") from None
 
 
 def _nested(kind: type[Settings], keys: Sequence[int | str]) -> type[Settings]:
