@@ -7,6 +7,7 @@ number of processes not at all.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from grafting import draws
+from grafting.conditioning import move
+from grafting.data.text import CaptionSource
 from grafting.diffusion import sample
 from grafting.errors import GraftError
 from grafting.evaluation import SampleWriter
 from grafting.families import family_of
 from grafting.families.codec import decoder
+from grafting.formats.weights import write_bytes
 from grafting.training.compute import Compute, make_compute
 
 Progress = Callable[[int, int], None]
@@ -39,13 +43,15 @@ def generate(
     batch_size: int = 100,
     precision: str = "fp32",
     vae: str | None = None,
+    captions: CaptionSource | None = None,
     describe: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Draw `num` images of a class-conditional model and write them to `path` (.npz), with `<path>.png` beside it.
+    """Draw `num` images of a model and write them to `path` (.npz), with `<path>.png` beside it.
 
-    The label of image i is i modulo the number of classes. Of several processes each draws some of the batches and the
-    first writes. `describe` is added to the protocol (model, plan).
+    The label of image i is i modulo the number of classes; with `captions`, which a model that is not class-conditional
+    needs, modulo their number, and their texts are written beside (`<path>.captions.jsonl`). Of several processes each
+    draws some of the batches and the first writes. `describe` is added to the protocol (model, plan).
     Raises GraftError.
     """
     path = Path(path)
@@ -57,27 +63,37 @@ def generate(
         raise GraftError(f"guidance={guidance}: expected a finite number of at least 0; 1 means none")
     family = family_of(model)
     classes = family.num_classes(model)
-    if classes is None:
-        raise GraftError("this model is not class-conditional: sample it through its pipeline")
+    if classes is None and not captions:
+        raise GraftError(
+            "this model is conditioned on captions: give them (--prompts FILE, or --data FOLDER of graft synthesize)"
+        )
+    kinds = classes if classes is not None or captions is None else len(captions)
+    assert kinds is not None
     compute = make_compute(next(model.parameters()).device, precision)
     device = compute.device
     model.to(device)
     decode = decoder(model, vae, device)
     shape = family.sample_shape(model)
-    labels = np.arange(num) % classes
+    labels = np.arange(num) % kinds
     protocol = {
         "num_samples": num, "steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed,
-        "labels": f"i mod {classes}", "precision": compute.precision, **(describe or {}),
+        "labels": f"i mod {kinds}", "precision": compute.precision, **(describe or {}),
     }  # fmt: skip
+    if classes is None and captions is not None:
+        protocol |= {"captions": captions.name, "captions_sha256": captions.content_hash}
     model.eval()
     batches = torch.arange(num).split(batch_size)
 
     def draw(index: Tensor) -> np.ndarray:
+        if classes is None and captions is not None:
+            condition = move(captions.conditions(index % kinds), device)
+        else:
+            condition = index.to(device) % kinds
         index = index.to(device)
         noise = draws.normal(seed, "sample/start", index, shape)
         with compute.autocast():
             x0 = sample(
-                model, noise, (index % classes), steps=steps, sampler=sampler, guidance=guidance,
+                model, noise, condition, steps=steps, sampler=sampler, guidance=guidance,
                 step_noise=lambda step: draws.normal(seed, f"sample/step{step}", index, shape),
             )  # fmt: skip
         return decode(x0)
@@ -103,10 +119,13 @@ def generate(
             if progress:
                 progress(min(num, (number + 1) * batch_size), num)
     save_grid(
-        np.concatenate(sheet)[: min(num, 10 * classes, 100)],
+        np.concatenate(sheet)[: min(num, 10 * kinds, 100)],
         path.with_suffix(".png"),
-        columns=min(10, classes),
+        columns=min(10, kinds),
     )
+    if classes is None and captions is not None:
+        lines = [json.dumps({"caption": captions.captions[label]}) for label in labels.tolist()]
+        write_bytes(path.with_suffix(".captions.jsonl"), ("\n".join(lines) + "\n").encode())
     return path
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from grafting.console import Console
 from grafting.data import DataSource, load_dataset
+from grafting.data.text import CaptionDataset, CaptionSource
 from grafting.errors import RunError
 from grafting.evaluation import compare, evaluate
 from grafting.evaluation.features import load_features
@@ -58,13 +59,21 @@ class Pipeline:
     def teacher(self) -> nn.Module:
         """The recipe's model, loaded once."""
         if self._teacher is None:
-            self._teacher = load_model(
+            teacher = load_model(
                 self.recipe.model,
                 num_heads=self.recipe.num_heads,
                 device=self.device,
                 dtype=getattr(torch, self.recipe.dtype) if self.recipe.dtype else None,
             )
+            if family_of(teacher).num_classes(teacher) is None:  # it takes the size of the data
+                teacher = family_of(teacher).resized(teacher, *self.data.shape[1:])
+            self._teacher = teacher
         return self._teacher
+
+    @property
+    def captions(self) -> CaptionSource | None:
+        """What a model that is conditioned on captions is sampled by: those of the data."""
+        return self.data if isinstance(self.data, CaptionDataset) else None
 
     @property
     def data(self) -> DataSource:
@@ -184,7 +193,7 @@ class Pipeline:
                     continue  # drawn by an earlier attempt or row: files appear whole or not at all
                 generate(
                     model, self.run.path / "samples" / f"{who}.npz", seed=self.recipe.seed, **config.model_dump(),
-                    describe={"model": who},
+                    captions=self.captions, describe={"model": who},
                     progress=lambda done, total, who=who, before=number: self.run.progress(  # type: ignore[misc]
                         "sample", before * total + done, 2 * total, f"images, now of the {who}"
                     ),

@@ -28,8 +28,9 @@ from grafting.diffusion import sample
 from grafting.errors import DataError, GraftError, RunError
 from grafting.families import family_of
 from grafting.formats import weights
-from grafting.formats.pipeline_folder import check_schedule, find_pipeline, vae_factor
+from grafting.formats.pipeline_folder import check_schedule, find_pipeline
 from grafting.loading import load_model
+from grafting.text_inputs import at_size
 from grafting.training.compute import Compute
 
 Progress = Callable[[str, int, int], None]
@@ -177,16 +178,7 @@ class _Job:
     def load(self) -> nn.Module:
         """The model, for latents of the size asked for."""
         model = load_model(self.source, device=self.compute.device, dtype=self.dtype).eval()
-        family, factor = family_of(model), vae_factor(self.folder)
-        _, height, width = family.sample_shape(model)
-        height = height * factor if self.settings.height is None else self.settings.height
-        width = width * factor if self.settings.width is None else self.settings.width
-        if height < factor or width < factor or height % factor or width % factor:
-            raise GraftError(
-                f"images of {height}x{width} pixels: the VAE makes {factor}x{factor} pixels of a latent; "
-                f"give multiples of {factor}"
-            )
-        return family.resized(model, height // factor, width // factor)
+        return at_size(model, str(self.folder), (self.settings.height, self.settings.width))
 
     def sample(self, model: nn.Module) -> None:
         """Sample the latents of this process's shards that are not there yet."""

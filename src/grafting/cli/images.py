@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, open_model, show, spread
+from grafting.cli.common import new_console, open_model, parse_dtype, show, spread
 from grafting.cli.options import Device, Dtype, Heads, Json, Processes, Seed, Source
 
 
@@ -22,17 +22,25 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 1.5,
     batch_size: Annotated[int, typer.Option(min=1)] = 100,
     vae: Annotated[str | None, typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts for a text-to-image model, as in synthesize.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Captions for one: a folder of graft synthesize.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels, where the model takes other sizes.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
     num_heads: Heads = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
     processes: Processes = 1,
 ) -> None:  # fmt: skip
     """Draw images; noise and label of image i depend on the seed and i alone."""
     from grafting.generation import generate
+    from grafting.text_inputs import text_inputs
 
     compute = spread(processes, device)
     console = new_console(quiet=not compute.is_main)
     model = open_model(source, num_heads=num_heads, device=str(compute.device), dtype=dtype)
+    model, captions = text_inputs(
+        model, source, prompts=prompts, data=data, size=(height, width), limit=num, dtype=parse_dtype(dtype)
+    )
     generate(
-        model, out, num=num, steps=steps, sampler=sampler,
+        model, out, num=num, captions=captions, steps=steps, sampler=sampler,
         guidance=guidance, seed=seed, batch_size=batch_size, vae=vae, describe={"model": source},
         progress=lambda done, total: console.progress("sample", done, total, "images"),
     )  # fmt: skip

@@ -5,6 +5,7 @@ Axes: B captions, T tokens that captions are padded to, E width of the text enco
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grafting.conditioning import Caption
+from grafting.data.dataset import Indices
 from grafting.errors import CheckpointError, DataError
 from grafting.formats.pipeline_folder import MAX_TOKENS, component_class, read_index
 
@@ -130,11 +132,37 @@ class TextEncoder:
         ).to(self.device)  # fmt: skip
         return self.model(tokens.input_ids, attention_mask=tokens.attention_mask)[0], tokens.attention_mask
 
-    def captions(self, texts: Sequence[str]) -> Caption:
-        """Captions [B] with the empty one beside each."""
-        embeds, mask = self.encode(texts)
-        null_embeds, null_mask = self.encode([""])
-        return Caption(embeds, mask, null_embeds.expand(len(texts), -1, -1), null_mask.expand(len(texts), -1))
+
+class EncodedPrompts:
+    """The captions of a prompt file, encoded and held in memory; the text encoder itself is not kept."""
+
+    def __init__(
+        self, path: str | Path, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+        limit: int | None = None, truncate: bool = False, batch_size: int = 8,
+    ) -> None:  # fmt: skip
+        prompts = read_prompts(path)[:limit]
+        self.name, self.captions = Path(path).name, [prompt.text for prompt in prompts]
+        encoder = TextEncoder(folder, device=device, dtype=dtype)
+        if not truncate:
+            encoder.check_lengths(prompts, str(path))
+        chunks = [self.captions[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+        parts = [[tensor.cpu() for tensor in encoder.encode(chunk)] for chunk in chunks]
+        self.embeds, self.mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        self.null_embeds, self.null_mask = (tensor.cpu() for tensor in encoder.encode([""]))
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the texts."""
+        return hashlib.sha256("\n".join(self.captions).encode()).hexdigest()
+
+    def conditions(self, indices: Indices) -> Caption:
+        """The captions of these prompts."""
+        rows = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
+        null = (self.null_embeds.expand(len(rows), -1, -1), self.null_mask.expand(len(rows), -1))
+        return Caption(self.embeds[rows], self.mask[rows], *null)
 
 
 def _plain(text: str) -> str:

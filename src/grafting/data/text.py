@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -76,6 +76,23 @@ def unpack_captions(
     if embeds is None or mask is None:
         raise DataError("no captions were asked for")
     return embeds, mask
+
+
+class CaptionSource(Protocol):
+    """Captions to sample by: a `CaptionDataset`, or the prompts of a file (`data.prompts.EncodedPrompts`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def content_hash(self) -> str: ...
+
+    @property
+    def captions(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def conditions(self, indices: Indices) -> Caption: ...
 
 
 class CaptionDataset:

@@ -198,6 +198,17 @@ class Family(ABC):
         """The model that diffusers saved as this configuration and these tensors. Raises CheckpointError."""
         raise NotImplementedError
 
+    def lora_names(self) -> tuple[str, ...]:
+        """Names of the linear layers of a block that adapters go on by default: projections of attentions and MLPs."""
+        return ()
+
+    def set_checkpointing(self, model: nn.Module, on: bool) -> None:
+        """Whether blocks are computed again in the backward pass instead of kept. Raises GraftError where it can't."""
+        if on:
+            raise GraftError(
+                f"the family '{self.name}' has no gradient checkpointing; use a smaller micro_batch"
+            )
+
     def resized(self, model: nn.Module, height: int, width: int) -> nn.Module:
         """The same model, weights shared, whose sites are for samples of another size, where it can take one."""
         expected = self.sample_shape(model)

@@ -69,8 +69,10 @@ def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str
     """How samples of `model` become uint8 images [N, H, W, C].
 
     One or three channels are pixels. Four are latents of `vae`, a folder or hub id of diffusers' AutoencoderKL
-    (default: sd-vae-ft-ema), scaled by its own factor (0.18215).
+    (default: that of the pipeline that the model came from, else sd-vae-ft-ema), scaled by its own factor.
     """
+    from grafting.formats.pipeline_folder import pipeline_of
+
     channels = family_of(model).sample_shape(model)[0]
     if channels in (1, 3):
         return to_uint8
@@ -78,7 +80,8 @@ def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str
         raise GraftError(
             f"no codec for samples of {channels} channels; sample from Python and decode them yourself"
         )
-    autoencoder = load_vae(vae, device)
+    pipeline = pipeline_of(model) if vae is None else None
+    autoencoder = load_vae(str(pipeline) if pipeline else vae, device)
     scaling, shift = scaling_of(autoencoder)
 
     @torch.no_grad()

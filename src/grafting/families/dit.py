@@ -192,6 +192,9 @@ class DiTFamily(Family):
         except TypeError as error:
             raise CheckpointError(f"not the architecture of a DiT: {str(error)[:200]}") from None
 
+    def lora_names(self) -> tuple[str, ...]:
+        return ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
     def named(self, name: str) -> dict[str, Any] | None:
         try:
             return {"family": self.name, **named_config(name).to_dict()}

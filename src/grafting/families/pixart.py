@@ -158,6 +158,20 @@ class PixArtFamily(Family):
     def num_classes(self, model: nn.Module) -> int | None:
         return None
 
+    def example_condition(self, model: nn.Module, batch_size: int) -> Caption:
+        like = _any_parameter(model)
+        width = _config(model).caption_channels or _config(model).cross_attention_dim
+        embeds = torch.zeros(batch_size, CAPTION_TOKENS, width, device=like.device, dtype=like.dtype)
+        mask = torch.ones(batch_size, CAPTION_TOKENS, device=like.device, dtype=torch.int64)
+        return Caption(embeds, mask, embeds, mask)
+
+    def lora_names(self) -> tuple[str, ...]:
+        return ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    def set_checkpointing(self, model: nn.Module, on: bool) -> None:
+        host: Any = model
+        host.enable_gradient_checkpointing() if on else host.disable_gradient_checkpointing()
+
     def null_condition(self, model: nn.Module, cond: Any) -> Caption:
         return cond.null
 
@@ -286,8 +300,12 @@ def _width(model: nn.Module) -> int:
     return _config(model).num_attention_heads * _config(model).attention_head_dim
 
 
+def _any_parameter(model: nn.Module) -> Tensor:
+    return model.pos_embed.proj.weight  # type: ignore[union-attr, return-value]
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
-    return model.pos_embed.proj.weight.dtype  # type: ignore[union-attr, return-value]
+    return _any_parameter(model).dtype
 
 
 def _latent_size(model: nn.Module) -> tuple[int, int]:

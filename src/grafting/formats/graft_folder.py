@@ -64,6 +64,7 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
         "operators": {name: operators.get(name).package for name in used},
         "architecture": record.architecture,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+        "origin": record.source,  # of the rest of a pipeline, also where the weights need no base
         "base": None if self_contained else {"source": record.source, "sha256": record.base_hash},
         "tensors": {"file": file, "sha256": sha256},
     })  # fmt: skip
@@ -109,7 +110,7 @@ def load_graft(
             shapes = _edited(_build(manifest["architecture"]), plan, manifest).state_dict()
         weights.check_fit(shapes, tensors, str(folder))
         skeleton = weights.cast(_build(manifest["architecture"]), saved_dtype)
-        student, digests, source = _edited(skeleton, plan, manifest), {}, None
+        student, digests, source = _edited(skeleton, plan, manifest), {}, _origin(manifest)
         weights.load_strictly(student, tensors, str(folder))
     else:
         if base is None:
@@ -147,6 +148,11 @@ def _edited(base: nn.Module, plan: GraftPlan, manifest: dict[str, Any]) -> nn.Mo
     if not len(plan):
         return base
     return graft(base, plan, seed=manifest["seed"])
+
+
+def _origin(manifest: dict[str, Any]) -> str | None:
+    origin = manifest.get("origin")
+    return origin if isinstance(origin, str) else None
 
 
 def _sized(base: nn.Module, architecture: dict[str, Any]) -> nn.Module:

@@ -32,14 +32,15 @@ def find_pipeline(source: str | Path) -> Path:
     path = Path(source)
     for graft in (path, path / "graft"):
         if is_graft_folder(graft):
-            base = weights.read_json(graft / MANIFEST, "graft").get("base") or {}
             if (graft.parent / INDEX).is_file():  # a graft in the transformer's place of a pipeline
                 return graft.parent
-            if not isinstance(base.get("source"), str):
+            manifest = weights.read_json(graft / MANIFEST, "graft")
+            base = (manifest.get("base") or {}).get("source") or manifest.get("origin")
+            if not isinstance(base, str):
                 raise CheckpointError(
                     f"{graft}: the graft does not say which pipeline it was made from; give base="
                 )
-            return find_pipeline(base["source"])
+            return find_pipeline(base)
     if (path / INDEX).is_file():
         return path
     if (path.parent / INDEX).is_file() and path.is_dir():

@@ -71,6 +71,26 @@ class DistillConfig(Optimization):
     cache_limit_gb: Positive = 50.0  # mode cached: refuse to fill more disk than this
 
 
+class LoraConfig(Settings):
+    """LoRA on what the plan left as it was, while the new operators train whole (needs peft).
+
+    `targets`: last parts of the names of linear layers; default: the projections of all attentions and MLPs.
+    """
+
+    rank: Annotated[int, Field(le=4096, strict=True)] = 64
+    alpha: Positive = 64.0
+    targets: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _some_rank(self) -> LoraConfig:
+        if self.rank < 1:
+            raise ValueError(
+                f"rank {self.rank} trains nothing: give at least 1 (64 for PixArt-Sigma), or leave lora out to train "
+                "all weights"
+            )
+        return self
+
+
 class FinetuneConfig(Optimization):
     """Stage 2. `objectives` are weights of diffusion (the DiT loss), output and features (match the teacher)."""
 
@@ -83,6 +103,10 @@ class FinetuneConfig(Optimization):
     shard: Literal["none", "full"] = (
         "none"  # full: cut weights, gradients, moments and average over the processes
     )
+    lora: LoraConfig | None = (
+        None  # adapters on the rest, which itself stays fixed; `train` is then without effect
+    )
+    gradient_checkpointing: bool = False  # blocks are computed again in the backward pass instead of kept
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # stratified share of the data that is trained on
     ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
     ema_decay: Fraction | None = None  # a fixed decay instead, such as the paper's 0.9999

@@ -324,7 +324,8 @@ class _Stage:
             return
         index = torch.arange(self.config.preview_samples, device=self.compute.device)
         noise = draws.normal(self.config.seed, "preview", index, self.family.sample_shape(self.student))
-        labels = index % (self.family.num_classes(self.student) or 1)
+        classes = self.family.num_classes(self.student)
+        labels = index % classes if classes else self.batches.conditions(index.cpu())
 
         def draw(model: nn.Module) -> Tensor:
             return sample(model, noise, labels, steps=10, sampler="dpm++", guidance=1.5)

@@ -104,6 +104,10 @@ class Batches:
         x0, y = self.data.batch(rows)
         return self.noised(index, x0, y)
 
+    def conditions(self, rows: Tensor) -> Any:
+        """The conditioning of some samples, from the start again beyond the last."""
+        return move(self.data.batch(rows % len(self.data))[1], self.device)
+
     def noised(self, index: Tensor, x0: Tensor, y: Any) -> Batch:
         """Draw timesteps, noise and label dropout for given samples."""
         x0, index, y = move((x0, index, y), self.device)
