@@ -132,11 +132,13 @@ class Pipeline:
         self.run.finish("graft", explanation.to_dict())
         return student
 
-    def student(self) -> nn.Module:
-        """The student as the last finished stage left it."""
+    def student(self, share: bool = False) -> nn.Module:
+        """The student as the last finished stage left it; share: what is the teacher's is the teacher's own tensors."""
         if self.run.result("graft") is None:
-            return self.graft()
-        return self.run.load_student(self.teacher).to(self.device)
+            student = self.graft()
+            if not share:
+                return student
+        return self.run.load_student(self.teacher, share).to(self.device)
 
     def distill(self) -> dict[str, Any]:
         """Stage 1."""
@@ -152,10 +154,17 @@ class Pipeline:
             "finetune", lambda student: finetune(student, self.data, config, self.teacher, journal=self.run)
         )
 
+    def _leaves_the_rest(self, stage: str) -> bool:
+        """Whether a stage trains new parts only, so that teacher and student can share what is left."""
+        config = self.recipe.finetune
+        return stage == "distill" or (
+            config is not None and (config.lora is not None or config.train == "operators")
+        )
+
     def _train(self, stage: str, work: Any) -> dict[str, Any]:
         with self.run.writing(stage):
             self.run.bind("data", self.data.name, self.data.content_hash)
-            student = self.student()
+            student = self.student(share=self._leaves_the_rest(stage))
             with self.run.stoppable():
                 result = work(student).to_dict()
             result |= self.share_of_pretraining(result["flops"])

@@ -169,11 +169,15 @@ def explain(model: nn.Module, plan: GraftPlan, locality: Locality | None = None)
     )
 
 
-def graft(model: nn.Module, plan: GraftPlan, *, seed: int = 0, locality: Locality | None = None) -> nn.Module:
+def graft(
+    model: nn.Module, plan: GraftPlan, *, seed: int = 0, locality: Locality | None = None, share: bool = False
+) -> nn.Module:  # fmt: skip
     """An edited copy of `model`; `model` itself is untouched, also after an error.
 
     New operators are drawn from (seed, path of the site) and, with `init: donor`, then take over what the donor's
-    weights can give. No data is needed. Raises PlanError or OperatorError.
+    weights can give. No data is needed. share: the weights that stay are the own tensors of `model`, for stages
+    that leave them as they are (stage 1, LoRA); a plan with groups of blocks, which are trained, copies all the same.
+    Raises PlanError or OperatorError.
     """
     resolved, edits = match(model, plan, locality)
     family = family_of(model)
@@ -185,12 +189,14 @@ def graft(model: nn.Module, plan: GraftPlan, *, seed: int = 0, locality: Localit
         architecture=family.architecture(model),
         base_digests=earlier.base_digests if earlier else digests(model),
     )
-    student = _carried_out(model, resolved, edits, seed)
+    student = _carried_out(model, resolved, edits, seed, share)
     set_record(student, record)
     return student
 
 
-def _carried_out(model: nn.Module, resolved: GraftPlan, edits: tuple[Edit, ...], seed: int) -> nn.Module:
+def _carried_out(
+    model: nn.Module, resolved: GraftPlan, edits: tuple[Edit, ...], seed: int, share: bool = False
+) -> nn.Module:
     """A copy of `model` with all entries of a matched plan carried out; it has no record yet."""
     family, earlier = family_of(model), record_of(model)
     sites = {(site.kind, site.layer): site for site in family.sites(model)}
@@ -198,11 +204,11 @@ def _carried_out(model: nn.Module, resolved: GraftPlan, edits: tuple[Edit, ...],
     for edit in edits:
         site = sites[edit.site.kind, edit.site.layer]
         made[site.path] = make_operator(family, site, edit.entry, seed)
-    student = _copy_with(model, made)
+    everything = _everything(earlier, resolved, family.num_layers(model))
+    student = _copy_with(model, made, share and not everything.groups)
     open_groups(family, student, {edit.site.layer for edit in edits})
     for path, operator in made.items():
         student.set_submodule(path, operator)
-    everything = _everything(earlier, resolved, family.num_layers(model))
     rearrange(family, student, resolved, everything, seed)
     return student
 
@@ -280,9 +286,14 @@ def _check_operator(site: Site, entry: Replace) -> Cost:
     return operators.cost_of(operator, num_tokens=site.num_tokens, dim=site.width)
 
 
-def _copy_with(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
-    """A deep copy in which the modules at these paths are new; the replaced ones are not copied."""
+def _copy_with(model: nn.Module, replacements: dict[str, nn.Module], share: bool = False) -> nn.Module:
+    """A deep copy in which the modules at these paths are new; the replaced ones are not copied.
+
+    share: modules are copied, the tensors in them are not.
+    """
     memo: dict[int, Any] = {}
+    if share:
+        memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for path, operator in replacements.items():
         try:
             memo[id(model.get_submodule(path))] = operator

@@ -6,6 +6,7 @@ self-contained and names no base.
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from grafting import operators
 from grafting.errors import CheckpointError, GraftError
 from grafting.families import families, family_of
 from grafting.formats import limits, weights
+from grafting.lora import Lora, add_lora, lora_of, module_state, plain_name, plain_state
 from grafting.plan import GraftPlan
 from grafting.surgery import GraftRecord, graft, record_of, set_record
 
@@ -41,8 +43,8 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
         raise CheckpointError(
             "this model has no plan: save_graft saves what graft() or load_graft() returned"
         )
-    state = model.state_dict()
-    now = weights.digests(model)
+    state, lora = plain_state(model), lora_of(model)
+    now = {plain_name(name): digest for name, digest in weights.digests(model).items()}
     if not now:
         raise CheckpointError("this model is on the meta device and has no values to save")
     family = family_of(model)
@@ -66,6 +68,7 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
         "origin": record.source,  # of the rest of a pipeline, also where the weights need no base
         "base": None if self_contained else {"source": record.source, "sha256": record.base_hash},
+        **({"lora": lora.to_dict()} if lora else {}),
         "tensors": {"file": file, "sha256": sha256},
     })  # fmt: skip
     for stale in folder.glob("graft-*.safetensors"):
@@ -80,12 +83,13 @@ def is_graft_folder(folder: Path) -> bool:
 
 def load_graft(
     folder: str | Path, base: nn.Module | str | None = None, *, device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, share: bool = False,
 ) -> nn.Module:  # fmt: skip
     """The edited model saved in `folder`.
 
     base: the model that was edited, or where to load it from; default: where it was loaded from at the time. It
     must be that very model: its hash is compared. A self-contained graft needs none.
+    share: the weights that the graft left as they were are those of `base` itself, not copies, where none was changed.
     Raises CheckpointError.
     """
     from grafting.loading import load_model
@@ -107,11 +111,11 @@ def load_graft(
     if reference is None:
         limits.check_architecture(manifest["architecture"], len(tensors))
         with torch.device("meta"):  # nothing is allocated for a model that its tensors do not fit
-            shapes = _edited(_build(manifest["architecture"]), plan, manifest).state_dict()
+            shapes = plain_state(_edited(_build(manifest["architecture"]), plan, manifest))
         weights.check_fit(shapes, tensors, str(folder))
         skeleton = weights.cast(_build(manifest["architecture"]), saved_dtype)
         student, digests, source = _edited(skeleton, plan, manifest), {}, _origin(manifest)
-        weights.load_strictly(student, tensors, str(folder))
+        weights.load_strictly(student, module_state(student, tensors), str(folder))
     else:
         if base is None:
             if not reference["source"]:
@@ -131,23 +135,26 @@ def load_graft(
                 f"{folder}: this graft was made on another base (sha256 {str(reference['sha256'])[:12]}..., "
                 f"source {reference['source']!r}); give that model as base="
             )
-        student = _edited(base, plan, manifest)
-        own = student.state_dict()
+        student = _edited(base, plan, manifest, share=share and not any(name in digests for name in tensors))
+        own = plain_state(student)
         family, given = family_of(student), base.state_dict()
         base_names = {name: family.teacher_name(student, name) for name in own}
         same = {name: given[base_name] for name, base_name in base_names.items()
                 if base_name in given and own[name].shape == given[base_name].shape}  # fmt: skip
-        weights.load_strictly(student, {**own, **same, **tensors}, str(folder))
+        weights.load_strictly(student, module_state(student, {**own, **same, **tensors}), str(folder))
     set_record(student, GraftRecord(
         plan=plan, seed=manifest["seed"], source=source, architecture=manifest["architecture"], base_digests=digests
     ))  # fmt: skip
     return weights.cast(student.to(device), dtype) if dtype else student.to(device)
 
 
-def _edited(base: nn.Module, plan: GraftPlan, manifest: dict[str, Any]) -> nn.Module:
-    if not len(plan):
-        return base
-    return graft(base, plan, seed=manifest["seed"])
+def _edited(base: nn.Module, plan: GraftPlan, manifest: dict[str, Any], share: bool = False) -> nn.Module:
+    """The base under the plan, with the adapters of the manifest; their values are still to be loaded."""
+    student = graft(base, plan, seed=manifest["seed"], share=share) if len(plan) else base
+    if "lora" in manifest:
+        student = student if len(plan) else copy.deepcopy(student)
+        add_lora(student, Lora.from_dict(manifest["lora"], MANIFEST))
+    return student
 
 
 def _origin(manifest: dict[str, Any]) -> str | None:

@@ -229,11 +229,11 @@ class RunFolder:
             return
         save_graft(model, self.path / "graft")
 
-    def load_student(self, base: nn.Module | None) -> nn.Module:
-        """Read graft/."""
+    def load_student(self, base: nn.Module | None, share: bool = False) -> nn.Module:
+        """Read graft/; `share`: what the graft left as it was is not copied from the base."""
         if not is_graft_folder(self.path / "graft"):
             raise RunError(f"{str(self.path)!r} has no graft/ yet; make it with `graft apply` or `graft run`")
-        return load_graft(self.path / "graft", base=base)
+        return load_graft(self.path / "graft", base=base, share=share)
 
     # ---- journal of a stage
 

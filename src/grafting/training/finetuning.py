@@ -16,6 +16,7 @@ from grafting.data import DataSource
 from grafting.diffusion import loss_from_output, sample
 from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family
+from grafting.lora import Lora, add_lora, is_lora, lora_of, lora_targets
 from grafting.surgery import edited_groups, edited_sites
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import FinetuneConfig, settings
@@ -87,9 +88,25 @@ def finetune(
     compute = make_compute(next(student.parameters()).device, config.precision)
     if config.shard == "none" or compute.world == 1:
         student.to(compute.device)
+    if config.lora is not None:
+        _adapt(student, config)
     if teacher is not None:
         teacher = teacher.to(compute.device).eval()
     return _Stage(family, student, teacher, data, config, compute, journal or Quiet()).run()
+
+
+def _adapt(student: nn.Module, config: FinetuneConfig) -> None:
+    """Put the adapters of the settings on the student, unless it has the same already."""
+    assert config.lora is not None
+    rank, alpha, present = config.lora.rank, config.lora.alpha, lora_of(student)
+    if present is None:
+        targets = lora_targets(student, config.lora.targets)
+        add_lora(student, Lora(rank=rank, alpha=alpha, targets=targets), config.seed)
+    elif (present.rank, present.alpha) != (rank, alpha):
+        raise RunError(
+            f"finetune: the student has LoRA adapters of rank {present.rank} and alpha {present.alpha:g} already; give "
+            "the same, or merge them first (graft export --merge-lora)"
+        )
 
 
 def trained_parameters(family: Family, student: nn.Module, what: str) -> dict[str, nn.Parameter]:
@@ -140,7 +157,17 @@ class _Stage:
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
         self.config, self.compute, self.journal = config, compute, journal
-        self.names = list(trained_parameters(family, student, config.train))
+        parameters = trained_parameters(
+            family, student, "operators" if config.lora is not None else config.train
+        )
+        if config.lora is not None:
+            parameters |= {name: p for name, p in student.named_parameters() if is_lora(name)}
+        if teacher is not None and {id(p) for p in teacher.parameters()} & set(map(id, parameters.values())):
+            raise RunError(
+                "finetune: teacher and student share weights that would be trained; graft or load the student without "
+                "share, or train: operators"
+            )
+        self.names = list(parameters)
         if not self.names:
             raise PlanError("stage 2 has nothing to train: every operator of the plan says train: false")
         train, validation = split(data, config.num_validation, config.seed)
@@ -164,12 +191,16 @@ class _Stage:
         frozen = [p for name, p in named.items() if p.requires_grad and name not in set(self.names)]
         for parameter in frozen:
             parameter.requires_grad_(False)
+        if self.config.gradient_checkpointing:
+            self.family.set_checkpointing(self.student, True)
         blocks = self.family.block_paths(self.student)
         self.held = hold(self.student, self.names, blocks, self.compute, self.config.shard)
         self.held.train(True)
         try:
             return self._run(self.config, self.compute)
         finally:
+            if self.config.gradient_checkpointing:
+                self.family.set_checkpointing(self.student, False)
             for parameter in frozen:
                 parameter.requires_grad_(True)
             self.student.eval()
