@@ -23,6 +23,7 @@ from grafting.errors import (
 )
 from grafting.formats.graft_folder import load_graft, save_graft, save_model
 from grafting.loading import load_model
+from grafting.pipelines import load_pipeline, push_to_hub, save_pipeline
 from grafting.plan import GraftPlan, Parallelize, Prune, Replace
 from grafting.surgery import explain, graft
 from grafting.training.config import DistillConfig, FinetuneConfig
@@ -52,7 +53,10 @@ __all__ = [
     "graft",
     "load_graft",
     "load_model",
+    "load_pipeline",
     "operators",
+    "push_to_hub",
     "save_graft",
     "save_model",
+    "save_pipeline",
 ]

@@ -105,6 +105,8 @@ def _load_folder(folder: Path) -> nn.Module:
         return load_graft(folder / "graft")
     if (folder / "model.json").is_file():
         return load_saved_model(folder)
+    if is_graft_folder(folder / "transformer"):  # a pipeline by save_pipeline
+        return load_graft(folder / "transformer")
     if transformer := diffusers_folder.transformer_folder(folder):
         return diffusers_folder.read_transformer(transformer)
     raise CheckpointError(

@@ -89,7 +89,7 @@ def add_lora(model: nn.Module, lora: Lora, seed: int = 0) -> None:
     except ImportError:
         raise RunError("LoRA needs peft: pip install 'grafting[text]', or leave finetune.lora out") from None
     if lora_of(model) is not None:
-        raise RunError("this model has LoRA adapters already; merge them first (graft export --merge-lora)")
+        raise RunError("this model has LoRA adapters already; merge them first (grafting.lora.merge_lora)")
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0, bias="none"  # type: ignore[arg-type]

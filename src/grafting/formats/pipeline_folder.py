@@ -30,6 +30,8 @@ def find_pipeline(source: str | Path) -> Path:
     Raises CheckpointError for anything else.
     """
     path = Path(source)
+    if (path / INDEX).is_file():
+        return path
     for graft in (path, path / "graft"):
         if is_graft_folder(graft):
             if (graft.parent / INDEX).is_file():  # a graft in the transformer's place of a pipeline

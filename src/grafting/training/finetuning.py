@@ -105,7 +105,7 @@ def _adapt(student: nn.Module, config: FinetuneConfig) -> None:
     elif (present.rank, present.alpha) != (rank, alpha):
         raise RunError(
             f"finetune: the student has LoRA adapters of rank {present.rank} and alpha {present.alpha:g} already; give "
-            "the same, or merge them first (graft export --merge-lora)"
+            "the same, or merge them first (grafting.lora.merge_lora)"
         )
 
 

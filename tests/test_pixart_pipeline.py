@@ -1,0 +1,77 @@
+"""Edited models in diffusers' pipelines, their folders, and the upload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pixart_tools import latents, save_tiny_pipeline
+
+import grafting
+from grafting import GraftPlan, Replace
+from grafting.errors import CheckpointError
+from grafting.lora import Lora, add_lora, lora_of, lora_targets
+
+PLAN = GraftPlan([Replace("mha", [1, 3], "hyena_x")])
+
+
+def draw(pipeline: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        ["the red cat", "a moon"], latents=latents(2), use_resolution_binning=False, height=16, width=16,
+        num_inference_steps=2, output_type="np", clean_caption=False,
+    ).images  # fmt: skip
+
+
+def test_a_graft_is_a_pipeline_again_and_stock_loaders_refuse_it(tmp_path: Path) -> None:
+    from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    base = save_tiny_pipeline(tmp_path / "base")
+    student = grafting.graft(grafting.load_model(base), PLAN)
+    add_lora(student, Lora(rank=2, alpha=2, targets=lora_targets(student, None)))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01)
+    grafting.save_graft(student, tmp_path / "graft")
+    pipeline = grafting.load_pipeline(tmp_path / "graft")
+    assert isinstance(pipeline, PixArtSigmaPipeline)
+    wanted = draw(pipeline)
+    assert wanted.shape == (2, 16, 16, 3)
+    assert not np.array_equal(wanted, draw(grafting.load_pipeline(base)))
+    pipeline.vae.enable_tiling()
+    pipeline.vae.enable_slicing()
+    pipeline.transformer.set_default_attn_processor()
+    assert np.abs(draw(pipeline) - wanted).max() < 1e-3
+
+    for merge in (False, True):
+        out = tmp_path / f"merged-{merge}"
+        grafting.save_pipeline(student, out, merge=merge)
+        again = grafting.load_pipeline(out)
+        np.testing.assert_allclose(draw(again), wanted, atol=1e-3)
+        assert (lora_of(again.transformer) is None) == merge
+        with pytest.raises(OSError):
+            PixArtTransformer2DModel.from_pretrained(out / "transformer")
+        with pytest.raises((OSError, ValueError, AttributeError, ImportError)):
+            PixArtSigmaPipeline.from_pretrained(out)
+        with pytest.raises(CheckpointError, match="not an empty folder"):
+            grafting.save_pipeline(student, out)
+    calls: list[Any] = []
+
+    class Hub:
+        def create_repo(self, repo: str, **options: Any) -> None:
+            calls.append(("create", repo, options["private"]))
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(("upload", options["repo_id"], options["folder_path"]))
+
+    out = tmp_path / "merged-False"
+    assert grafting.push_to_hub(out, "me/graft", private=True, api=Hub()) == "https://huggingface.co/me/graft"
+    assert calls == [("create", "me/graft", True), ("upload", "me/graft", str(out))]
+    card = (out / "README.md").read_text()
+    assert "grafting.load_pipeline" in card
+    assert '"hyena_x"' in card
+    assert "rank 2" in card
+    assert str(tmp_path) not in card
