@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_dit
 
 from grafting.console import Console
+from grafting.data import ImageLabelDataset
 from grafting.errors import CheckpointError, DivergedError, RunError
 from grafting.runs import FolderLock, RunFolder, run_status
 from grafting.runs import lock as locks
@@ -371,3 +373,64 @@ def test_a_very_long_run_is_thinned_by_a_rule_of_its_steps(tmp_path: Path) -> No
     assert a == b
     kinds = [record.get("event") for record in whole.metrics()]
     assert (kinds.count(None), kinds.count("validation"), kinds.count("rest")) == (1001, 600, 1)
+
+
+# ---- gradients of stage 1
+
+
+def test_stage_1_skips_gradients_that_are_not_finite_and_ends_after_too_many(
+    data: ImageLabelDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grafting import GraftPlan, Replace, distill, graft
+
+    teacher = tiny_dit()
+    settings = {"steps": 6, "batch_size": 8, "num_validation": 8, "fit_samples": 8, "log_every": 1, "warmup": 0,
+                "early_stop": 0, "keep_best": False, "precision": "fp32"}  # fmt: skip
+    clip = torch.nn.utils.clip_grad_norm_
+    calls: list[int] = []
+
+    def overflowing(parameters: Any, limit: float) -> torch.Tensor:
+        calls.append(1)
+        norm = clip(parameters, limit)
+        return norm * float("inf") if len(calls) in bad else norm
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", overflowing)
+    bad: set[int] = {2, 5}
+    student = graft(teacher, GraftPlan([Replace("mha", [1], "hyena_x")]))
+    result = distill(student, teacher, data, settings)
+    assert (result.steps, result.skipped_steps) == (6, 2)
+    assert all(p.isfinite().all() for p in student.parameters())
+    calls.clear()
+    bad = {3, 4, 5}
+    with pytest.raises(DivergedError, match="3 steps in a row"):
+        distill(student, teacher, data, {**settings, "max_bad_steps": 2})
+
+
+def test_a_dry_run_says_that_its_folder_is_taken(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new").check_free()
+    create(tmp_path / "old")
+    with pytest.raises(RunError, match="already holds a run"):
+        RunFolder(tmp_path / "old").check_free()
+    RunFolder(tmp_path / "old").check_free(resume=True)
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(RunError, match="not an empty folder"):
+        RunFolder(tmp_path).check_free()
+    assert not (tmp_path / "new").exists()
+
+
+# ---- the network
+
+
+def test_importing_and_grafting_need_no_network() -> None:
+    code = (
+        "import socket\n"
+        "def refuse(*a, **k): raise OSError('no network here')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import grafting, grafting.cli\n"
+        "model = grafting.load_model('dit-fashion')\n"
+        "plan = grafting.GraftPlan([grafting.Replace('mha', [1], 'hyena_x')])\n"
+        "assert grafting.graft(model, plan) is not model\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -61,6 +61,7 @@ def run(
         from grafting.yaml_io import dump_yaml
 
         Pipeline(resolved, RunFolder(folder, new_console()), device).check()
+        RunFolder(folder).check_free(resume=resume)
         print(dump_yaml(resolved.to_dict()), end="")
         return
     pipeline = Pipeline(resolved, RunFolder(folder, new_console()), device)

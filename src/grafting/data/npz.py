@@ -134,7 +134,8 @@ class NpzReader:
         num_bytes = math.prod(shape) * dtype.itemsize
         if any(size < 0 for size in shape) or num_bytes != info.file_size - start:
             raise DataError(
-                f"{where} claims shape {shape} of {dtype} but has {info.file_size - start} data bytes"
+                f"{where} claims shape {str(shape)[:100]} of {str(dtype)[:40]} "
+                f"but has {info.file_size - start} data bytes"
             )
         return ArrayHeader(name, shape, dtype, num_bytes)
 

@@ -108,7 +108,9 @@ def _from_safetensors(path: Path) -> ImageLabelDataset:
                 )
             x, y, metadata = file.get_tensor("x"), file.get_tensor("y"), file.metadata() or {}
     except (SafetensorError, OSError, CheckpointError, RuntimeError, AttributeError, KeyError) as error:
-        raise DataError(f"cannot read {path} as safetensors: {error}; write or download it again") from error
+        raise DataError(
+            f"cannot read {path} as safetensors: {str(error)[:200]}; write or download it again"
+        ) from error
     if not x.is_floating_point():
         raise DataError(f"{path}: latents 'x' must be floating point, got {x.dtype}")
     if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):

@@ -47,7 +47,9 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
             limit = 4097 if field == "depth" else 2**20
-            if not isinstance(value, bool) and not 0 < value < limit:
+            if field in ("null_class", "learn_sigma"):
+                continue
+            if isinstance(value, bool) or not 0 < value < limit:
                 raise GraftError(
                     f"DiT: {field}={value!r} is out of range; it is a positive number below {limit}"
                 )

@@ -100,6 +100,15 @@ class RunFolder:
         if not (self.path / "run.json").exists():
             self._write({"version": VERSION, "stages": {}, "environment": environment()})
 
+    def check_free(self, *, resume: bool = False) -> None:
+        """Raise RunError if a new run (or with `resume` this one) could not be in this folder; writes nothing."""
+        if not self._exists():
+            self._check_empty()
+        elif not resume:
+            raise RunError(
+                f"{str(self.path)!r} already holds a run; go on with --resume, or give another --out"
+            )
+
     def _exists(self) -> bool:
         return (self.path / "run.json").exists() or (self.path / "recipe.yaml").exists()
 

@@ -50,6 +50,9 @@ class Optimization(Settings):
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
     log_every: Count = 10
+    max_bad_steps: Annotated[int, Field(ge=0)] = (
+        10  # steps in a row with non-finite gradients that are skipped
+    )
 
 
 class DistillConfig(Optimization):
@@ -117,9 +120,6 @@ class FinetuneConfig(Optimization):
         0  # steps between sheets of samples of the averaged weights; 0: none
     )
     preview_samples: Count = 20
-    max_bad_steps: Annotated[int, Field(ge=0)] = (
-        10  # steps in a row with non-finite gradients that are skipped
-    )
 
     @model_validator(mode="after")
     def _whole_matrices(self) -> FinetuneConfig:

@@ -48,7 +48,7 @@ from grafting.training.loop import (
     step_index,
 )
 from grafting.training.loss_choice import settle_losses
-from grafting.training.optimizers import Optimizers, make_optimizer
+from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
 
 STAGE = "distill"
 _LOSSES = {
@@ -72,6 +72,7 @@ class DistillResult:
     extraction_seconds: float = 0.0  # mode cached: of the teacher pass that filled the cache
     cache_bytes: int = 0  # mode cached: its size on disk
     rested: dict[str, int] = field(default_factory=dict)  # path -> step at which it stopped early
+    skipped_steps: int = 0  # with gradients that were not finite
     losses: dict[str, str] = field(
         default_factory=dict
     )  # path -> regression loss, also where the plan said auto
@@ -149,6 +150,7 @@ class _Stage:
         # An operator learns on its own, so its group must not hold its weights among others.
         self.opened = open_groups(family, student, {site.layer for site, _ in edited_sites(student).values()})
         self.pupils = self._pupils()
+        self.bad = BadSteps(compute.device)
         train, validation = split(data, config.num_validation, config.seed)
         self.batches = Batches(
             train, family, teacher, seed=config.seed, purpose=STAGE,
@@ -254,6 +256,7 @@ class _Stage:
             extraction_seconds=cache.seconds if cache else 0.0,
             cache_bytes=cache.bytes if cache else 0,
             rested={pupil.path: pupil.rested_at for pupil in pupils if pupil.rested_at is not None},
+            skipped_steps=self.bad.skipped,
             losses={pupil.path: pupil.loss for pupil in pupils},
         )
 
@@ -281,9 +284,9 @@ class _Stage:
                 loss.backward(inputs=pupil.parameters if isinstance(pupil.entry, Parallelize) else None)
                 found[pupil.path] = found.get(pupil.path, 0) + loss.detach()
         compute.sum_gradients([parameter for pupil in active for parameter in pupil.parameters])
-        for pupil in active:
-            nn.utils.clip_grad_norm_(pupil.parameters, config.clip)
-        optimizer.step()
+        norms = [nn.utils.clip_grad_norm_(pupil.parameters, config.clip) for pupil in active]
+        # One gradient that is not finite leaves all operators as they are: none runs ahead of the others.
+        optimizer.step(self.bad.note(torch.stack([norm.to(compute.device) for norm in norms]).max()))
         optimizer.zero_grad()
         return found
 
@@ -293,6 +296,11 @@ class _Stage:
         lr = learning_rate(self.config, step - 1)
         self.journal.log({"stage": STAGE, "step": step, "lr": lr, "loss": means})
         _check_losses(means, step, self.config.lr)
+        if self.bad.longest > self.config.max_bad_steps:
+            raise DivergedError(
+                f"stage 1 diverged: {self.bad.longest} steps in a row had gradients that are not finite, up to step "
+                f"{step}; the last good checkpoint is kept; lower lr (now {self.config.lr:g}) or use precision fp32"
+            )
         mean = sum(means.values()) / max(1, len(means))
         self.journal.progress(
             STAGE, step, self.config.steps, f"loss {mean:.4f}, {len(means)} operators, ETA {clock.eta(step)}"
@@ -437,6 +445,7 @@ class _Stage:
             return
         self.journal.save_checkpoint(STAGE, step, {
             "step": step, "seconds": seconds, "start_error": start_error, "optimizer": optimizer.state_dict(),
+            "skipped": self.bad.skipped, "in_a_row": self.bad.in_a_row,
             "unlogged": dict(unlogged or {}),  # losses since the last line of the log
             "pupils": {
                 pupil.path: {
@@ -457,6 +466,7 @@ class _Stage:
             pupil.best_state, pupil.rested_at = saved["best_state"], saved["rested_at"]
             pupil.loss = saved["loss"]
         optimizer.load_state_dict(state["optimizer"])
+        self.bad = BadSteps(self.compute.device, state["skipped"], state["in_a_row"])
         return state["start_error"], state["step"], state["seconds"]
 
     def _flops(self, visits: int) -> float:
