@@ -115,6 +115,21 @@ def _load_folder(folder: Path) -> nn.Module:
     )
 
 
+def is_here(source: str) -> bool:
+    """Whether `load_model(source)` would find its weights without asking the network."""
+    if source.startswith("arch:") or source in PACKAGED or Path(source).exists():
+        return True
+    if not _HUB_ID.fullmatch(source):
+        return False
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(source, allow_patterns=_HUB_FILES, local_files_only=True)
+    except Exception:
+        return False
+    return True
+
+
 def save_diffusers(model: nn.Module, folder: str | Path) -> None:
     """Save an unedited DiT in diffusers' layout; `load_model` reads it back exactly."""
     if not isinstance(model, DiT) or record_of(model) is not None:

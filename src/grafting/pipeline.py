@@ -96,9 +96,9 @@ class Pipeline:
                 label_dropout=0.0, device=torch.device(self.device),
             )  # fmt: skip
             check_latents(self.data, self.recipe.sample.vae)
-        self._check_evaluation()
+        self.check_evaluation()
 
-    def _check_evaluation(self) -> None:
+    def check_evaluation(self) -> None:
         """What would otherwise be found out after hours of training."""
         config = self.recipe.evaluate
         if config is None:

@@ -36,7 +36,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one (see graft list).")],
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the recipe>.")] = None,
     resume: Resume = False, set: Set = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and its needs; do nothing.")] = False,
     processes: Processes = 1,
     device: Device = "cpu", dtype: Dtype = None, seed: Annotated[int | None, typer.Option(min=0)] = None,
 ) -> None:  # fmt: skip
@@ -58,11 +58,14 @@ def run(
     if not dry_run:
         spread(processes, device)
     if dry_run:
+        from grafting.rehearsal import in_words, rehearse
         from grafting.yaml_io import dump_yaml
 
-        Pipeline(resolved, RunFolder(folder, new_console()), device).check()
         RunFolder(folder).check_free(resume=resume)
+        found = rehearse(Pipeline(resolved, RunFolder(folder, new_console()), device), processes=processes)
         print(dump_yaml(resolved.to_dict()), end="")
+        for line in in_words(found):
+            print(f"# {line}")  # what is printed stays a recipe
         return
     pipeline = Pipeline(resolved, RunFolder(folder, new_console()), device)
     pipeline.check()

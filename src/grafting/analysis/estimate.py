@@ -1,0 +1,208 @@
+"""What a run will need, before it runs: memory by accounting, time from a few passes timed on the device.
+
+Memory: the stages' own tensors are counted on stand-ins that allocate and compute nothing, at the real batch size and
+precision. Time: each kind of operator is timed alone, forward and backward, and the stages are put together from
+that. Both are estimates; docs/costs.md compares them with runs. Axes: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafting import operators
+from grafting.analysis.memory import LiveBytes, weight_bytes
+from grafting.families import Site, family_of
+from grafting.surgery import edited_sites
+from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
+from grafting.training.finetuning import trained_parameters
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device: its shapes, none of its values."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def distill_memory(
+    teacher: nn.Module, student: nn.Module, config: DistillConfig, batch_size: int, precision: str
+) -> dict[str, int]:
+    """Bytes of stage 1 at its peak, by what they hold. Models on the meta device; `batch_size` of one process."""
+    sites = {path: found for path, found in edited_sites(student).items() if found[1].train}
+    paths = list(sites)
+    new = [p for site, _ in sites.values() for p in site.donor.parameters()]
+    held = config.num_validation * 3 * _numel(family_of(teacher).sample_shape(teacher)) * 4
+
+    def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
+        with _autocast(precision):
+            taps = family_of(teacher).taps(teacher, x, t, cond, paths)
+        for path in paths:
+            tap = taps.pop(path)
+            with _autocast(precision):
+                loss = (student.get_submodule(path)(tap.input).float() - tap.output.float()).abs().mean()
+            loss.backward()
+
+    return _with_total({
+        "weights": weight_bytes(teacher) + weight_bytes(student),
+        "optimizer": _optimizer_bytes(student, new, config),
+        "best so far and held-out batches": (_bytes(new) if config.keep_best else 0) + held,
+        "activations and gradients": _peak(step, teacher, student, set(map(id, new)), batch_size),
+    })  # fmt: skip
+
+
+def finetune_memory(
+    teacher: nn.Module, student: nn.Module, config: FinetuneConfig, batch_size: int, precision: str
+) -> dict[str, int]:
+    """Bytes of stage 2 at its peak, by what they hold. Models on the meta device; `batch_size` of one process."""
+    family = family_of(student)
+    trained = list(trained_parameters(family, student, config.train).values())
+    weights = {str(name): weight for name, weight in config.objectives.items()}
+    features, output = weights.get("features", 0) > 0, weights.get("output", 0) > 0
+    layers = tuple(range(family.num_layers(student))) if features else ()
+
+    def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
+        with _autocast(precision):
+            wanted: Any = None
+            with torch.no_grad():
+                if features or output:
+                    wanted = family.predict_with_features(teacher, x, t, cond, layers)
+            given, found = family.predict_with_features(student, x, t, cond, layers)
+            loss = given.float().square().mean()
+            for layer, value in found.items():
+                loss = loss + (value.float() - wanted[1][layer].float()).square().mean()
+        loss.backward()
+
+    return _with_total({
+        "weights": weight_bytes(teacher) + weight_bytes(student),
+        "optimizer": _optimizer_bytes(student, trained, config),
+        "average": sum(p.numel() * max(4, p.element_size()) for p in trained),
+        "activations and gradients": _peak(step, teacher, student, set(map(id, trained)), batch_size),
+    })  # fmt: skip
+
+
+def sample_memory(
+    teacher: nn.Module, student: nn.Module, batch_size: int, guidance: float, precision: str
+) -> dict[str, int]:
+    """Bytes of sampling at its peak; decoding latents is not in it. Models on the meta device."""
+    family = family_of(student)
+
+    def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
+        with torch.no_grad(), _autocast(precision):
+            if guidance == 1:
+                family.predict(student, x, t, cond)
+            else:
+                family.predict_guided(student, x, t, cond, guidance)
+
+    return _with_total({
+        "weights": weight_bytes(teacher) + weight_bytes(student),
+        "activations": _peak(step, teacher, student, set(), batch_size),
+    })  # fmt: skip
+
+
+def checkpoint_bytes(student: nn.Module, config: Optimization) -> int:
+    """Bytes on disk of one checkpoint of a stage of these settings."""
+    if isinstance(config, DistillConfig):
+        new = [p for site, e in edited_sites(student).values() if e.train for p in site.donor.parameters()]
+        return _bytes(new) * (2 if config.keep_best else 1) + _optimizer_bytes(student, new, config)
+    train = config.train if isinstance(config, FinetuneConfig) else "all"
+    trained = list(trained_parameters(family_of(student), student, train).values())
+    average = sum(p.numel() * max(4, p.element_size()) for p in trained)
+    return _bytes(trained) + average + _optimizer_bytes(student, trained, config)
+
+
+def cache_bytes(student: nn.Module, config: DistillConfig) -> int:
+    """Bytes on disk of the stored activations of `mode: cached`."""
+    if config.mode != "cached":
+        return 0
+    samples = min(config.cache_samples, config.steps * config.batch_size)
+    return sum(2 * (2 * s.num_tokens + 1) * s.width * samples for s, _ in edited_sites(student).values())
+
+
+# ---- stand-ins
+
+
+def _peak(
+    step: Callable[..., None], teacher: nn.Module, student: nn.Module, trained: set[int], batch_size: int
+) -> int:
+    """The most bytes that `step` holds at once, run on tensors without values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    names = {name for name, p in student.named_parameters() if id(p) in trained}
+    models = [copy.deepcopy(teacher), copy.deepcopy(student)]
+    family = family_of(student)
+    shape = family.sample_shape(student)
+    with FakeTensorMode(), torch.device("cpu"):
+        for model, learns in zip(models, (set(), names), strict=True):
+            _without_values(model, learns)
+        x = torch.empty(batch_size, *shape)
+        t = torch.zeros(batch_size, dtype=torch.int64)
+        cond = family.example_condition(models[1], batch_size)
+        with LiveBytes() as tracked:
+            step(models[0], models[1], x, t, cond)
+        return tracked.peak
+
+
+def _without_values(model: nn.Module, learns: set[str]) -> None:
+    """Give a model on the meta device tensors that say they are on the CPU, where autocast and kernels are real."""
+    for prefix, module in model.named_modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                full = f"{prefix}.{name}" if prefix else name
+                fake = torch.empty(p.shape, dtype=p.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=full in learns)
+        for name, b in list(module._buffers.items()):
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+@contextlib.contextmanager
+def _autocast(precision: str) -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+# ---- accounting
+
+
+def _optimizer_bytes(model: nn.Module, parameters: list[nn.Parameter], config: Optimization) -> int:
+    """AdamW keeps two moments of every parameter, Muon one of every matrix of a linear layer."""
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    return sum(
+        p.numel() * p.element_size() * (1 if config.optimizer == "muon" and id(p) in linear else 2)
+        for p in parameters
+    )
+
+
+def fit_bytes(sites: list[tuple[Site, Any]], config: DistillConfig) -> int:
+    """Bytes of the normal equations of the readout fits, all operators at once, in float64."""
+    if not config.fit_readout:
+        return 0
+    total = 0
+    for site, entry in sites:
+        if entry.init == "donor" and isinstance(site.donor, operators.Operator):
+            size = site.donor.readout.in_features + 1
+            total += 8 * (size**2 + size * site.donor.readout.out_features)
+    return total
+
+
+def _bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _with_total(parts: dict[str, int]) -> dict[str, int]:
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,194 @@
+"""How fast a device does the parts of a run: each kind of operator timed alone, and one optimizer step.
+
+The stages are put together from that. Not in it: loading, writing checkpoints, decoding latents, measuring samples,
+exchange between processes. Axes: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafting.analysis.latency import synchronize
+from grafting.families import Site, family_of
+from grafting.surgery import edited_sites
+from grafting.training.compute import make_compute
+from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
+from grafting.training.finetuning import trained_parameters
+from grafting.training.loop import EMA
+from grafting.training.optimizers import make_optimizer
+
+ENOUGH = 0.05  # seconds that a timed pass should take; its batch grows until then
+REPEATS = 3
+
+
+class _Branch(nn.Module):
+    """An operator as blocks have it: norm, shift and scale, the operator, gate, residual. [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, operator: nn.Module, width: int) -> None:
+        super().__init__()
+        self.operator = operator
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = torch.addcmul(c, self.norm(x), 1 + c)
+        return torch.addcmul(x, c, self.operator(h))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds per image of one branch, forward and with backward."""
+
+    forward: float
+    both: float
+
+
+@dataclass
+class Stopwatch:
+    """Paces of the operators of models on the meta device, each measured once on `device`."""
+
+    device: torch.device
+    precision: str  # "fp32" or "bf16"
+    dtype: torch.dtype
+    batch_size: int  # the most that is tried at once
+    _paces: dict[tuple[Any, ...], Pace] = field(default_factory=dict)
+    _update: dict[str, float] = field(default_factory=dict)
+
+    def of(self, site: Site) -> Pace:
+        """The pace of the operator at a site."""
+        shapes = tuple(tuple(p.shape) for p in site.donor.parameters())
+        key = (site.operator, str(site.donor), shapes, site.num_tokens, site.width)
+        if key not in self._paces:
+            self._paces[key] = self._measure(site)
+        return self._paces[key]
+
+    def model(self, model: nn.Module, up_to: int | None = None) -> Pace:
+        """The pace of a whole model, or of its blocks up to one (inclusive). What is not at a site goes by FLOPs."""
+        family = family_of(model)
+        sites = [s for s in family.sites(model) if up_to is None or s.layer <= up_to]
+        paces = [self.of(site) for site in sites]
+        here = Pace(sum(p.forward for p in paces), sum(p.both for p in paces))
+        counted = sum(s.cost.total for s in sites)
+        rest = family.flops_per_image(model) - sum(s.cost.total for s in family.sites(model))
+        share = rest / counted if counted and up_to is None else 0.0
+        return Pace(here.forward * (1 + share), here.both * (1 + share))
+
+    def update(self, site: Site, config: Optimization, average: bool) -> float:
+        """Seconds per parameter of one optimizer step, clipping and, with `average`, the moving average."""
+        key = f"{config.optimizer}/{average}"
+        if key not in self._update:
+            operator = _materialized(site.donor, self.device, self.dtype)
+            parameters = [p for p in operator.parameters() if p.requires_grad]
+            named = {str(i): p for i, p in enumerate(parameters)}
+            optimizer, ema = make_optimizer(operator, [parameters], config), EMA(named, 0.99)
+
+            def step() -> None:
+                for parameter in parameters:
+                    parameter.grad = torch.ones_like(parameter)
+                nn.utils.clip_grad_norm_(parameters, config.clip)
+                optimizer.step()
+                if average:
+                    ema.update(named, 1)
+
+            step()
+            self._update[key] = self._time(step) / sum(p.numel() for p in parameters)
+        return self._update[key]
+
+    def _measure(self, site: Site) -> Pace:
+        branch = _Branch(_materialized(site.donor, self.device, self.dtype), site.width)
+        compute = make_compute(self.device, self.precision)
+
+        def forward(x: Tensor, c: Tensor) -> None:
+            with torch.no_grad(), compute.autocast():
+                branch(x, c)
+
+        def both(x: Tensor, c: Tensor) -> None:
+            with compute.autocast():
+                output = branch(x, c)
+            output.float().sum().backward()
+            for p in branch.parameters():
+                p.grad = None
+
+        return Pace(self._per_image(forward, site), self._per_image(both, site))
+
+    def _per_image(self, work: Callable[[Tensor, Tensor], None], site: Site) -> float:
+        size = 1
+        while True:
+            x = torch.randn(size, site.num_tokens, site.width, device=self.device, dtype=self.dtype)
+            c = torch.randn(size, 1, site.width, device=self.device, dtype=self.dtype)
+            x.requires_grad_(torch.is_grad_enabled())
+            work(x, c)
+            seconds = self._time(lambda x=x, c=c: work(x, c))  # type: ignore[misc]
+            if seconds >= ENOUGH or size >= self.batch_size:
+                return seconds / size
+            size = min(self.batch_size, size * (2 if seconds > ENOUGH / 4 else 4))
+
+    def _time(self, work: Callable[[], None]) -> float:
+        times = []
+        for _ in range(REPEATS):
+            synchronize(self.device)
+            started = time.perf_counter()
+            work()
+            synchronize(self.device)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+
+def distill_seconds(
+    watch: Stopwatch, teacher: nn.Module, student: nn.Module, config: DistillConfig, processes: int = 1
+) -> float:
+    """Seconds of stage 1: steps, validations, and the errors and fit before the first."""
+    sites = [site for site, entry in edited_sites(student).values() if entry.train]
+    if not sites:
+        return 0.0
+    taps = watch.model(teacher, up_to=max(site.layer for site in sites)).forward
+    learn, apply = sum(watch.of(s).both for s in sites), sum(watch.of(s).forward for s in sites)
+    params = sum(p.numel() for s in sites for p in s.donor.parameters())
+    step = (taps + learn) * config.batch_size / processes + params * watch.update(sites[0], config, False)
+    held_out = config.num_validation * (config.steps / config.validate_every + 3)
+    fit = config.fit_samples if config.fit_readout else 0
+    visits = min(config.cache_samples, config.steps * config.batch_size)
+    saved = taps * (config.steps * config.batch_size - visits) if config.mode == "cached" else 0.0
+    return config.steps * step - saved + (taps + apply) * (held_out + fit)
+
+
+def finetune_seconds(
+    watch: Stopwatch, teacher: nn.Module, student: nn.Module, config: FinetuneConfig, processes: int = 1
+) -> float:
+    """Seconds of stage 2: steps and validations."""
+    family = family_of(student)
+    pace = watch.model(student)
+    weights = {str(name): weight for name, weight in config.objectives.items()}
+    matched = weights.get("output", 0) > 0 or weights.get("features", 0) > 0
+    passes = pace.both + (watch.model(teacher).forward if matched else 0.0)
+    params = sum(p.numel() for p in trained_parameters(family, student, config.train).values())
+    update = params * watch.update(family.sites(student)[0], config, True)
+    held_out = config.num_validation * (config.steps / config.validate_every + 1)
+    return config.steps * (passes * config.batch_size / processes + update) + held_out * pace.forward
+
+
+def sample_seconds(
+    watch: Stopwatch, teacher: nn.Module, student: nn.Module, *, num: int, steps: int, guidance: float
+) -> float:
+    """Seconds of sampling both models; decoding latents is not in it."""
+    forward = watch.model(teacher).forward + watch.model(student).forward
+    return num * steps * (1 if guidance == 1 else 2) * forward
+
+
+def _materialized(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of a module on the meta device with small random weights on a real one."""
+    copied = copy.deepcopy(module).to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.02)
+            else:
+                tensor.zero_()
+    return copied.to(dtype)

@@ -1,0 +1,261 @@
+"""`graft run --dry-run`: what a recipe would do, what is missing for it here, and what it would need. Does nothing.
+
+Works without weights: a model that is not here is taken as its architecture, if its name says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grafting.analysis import estimate, pace
+from grafting.analysis.costs import plan_cost
+from grafting.analysis.latency import device_name
+from grafting.errors import CheckpointError, DataError
+from grafting.evaluation.reference import FASHION_TRAIN
+from grafting.families import family_of
+from grafting.families.codec import check_latents
+from grafting.loading import is_here, load_model
+from grafting.pipeline import Pipeline
+from grafting.plan import GraftPlan
+from grafting.recipes import Recipe
+from grafting.surgery import explain, graft
+from grafting.training.compute import make_compute
+from grafting.training.loop import Batches
+
+# What the weights of these hub ids are, for estimates without them.
+ARCHITECTURES = {
+    "facebook/DiT-XL-2-256": "arch:DiT-XL/2",
+    "facebook/DiT-XL-2-512": "arch:DiT-XL/2-512",
+    "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "arch:PixArt-Sigma-512",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "arch:PixArt-Sigma-1024",
+    "PixArt-alpha/PixArt-Sigma-XL-2-2K-MS": "arch:PixArt-Sigma-2K",
+}
+VAE_SIDE = 8  # pixels per latent
+
+
+def rehearse(pipeline: Pipeline, *, processes: int = 1) -> dict[str, Any]:
+    """Check what can be checked, and estimate memory, time and disk on the pipeline's device.
+
+    {"plan": {"summary", "rows", "model"}, "missing": [...], "device", "stages": {stage: {"memory": {part: bytes},
+    "seconds", "precision"}}, "disk_bytes", "notes"}. Raises GraftError for what the run would refuse; files that are
+    not here are `missing`.
+    """
+    recipe = pipeline.recipe
+    missing: list[str] = []
+    teacher = _teacher(pipeline, missing)
+    explanation = explain(teacher, recipe.graft_plan, recipe.locality)
+    costs = plan_cost(teacher, explanation.plan)
+    _check_data(pipeline, teacher, missing)
+    _check_evaluation(pipeline, missing)
+    device = torch.device(pipeline.device)
+    bare = estimate.meta_copy(teacher)
+    student = graft(bare, explanation.plan)
+    notes: list[str] = []
+    stages: dict[str, Any] = {}
+    disk: dict[str, int] = {}
+    if unknown := _not_counted(recipe, explanation.plan):
+        notes.append(f"memory, time and disk are not estimated for {unknown} yet")
+    else:
+        try:
+            stages = _stages(recipe, bare, student, device, processes)
+            disk = _disk(recipe, bare, student)
+        except Exception as error:  # an operator whose kernels can't be run without values
+            first = next(iter(str(error).splitlines()), "")[:160]
+            notes.append(f"memory, time and disk are not estimated: {type(error).__name__}: {first}")
+    if device.type == "cpu" and torch.cuda.is_available():
+        notes.append("this is for the CPU; a GPU is here: --device cuda")
+    return {
+        "plan": {"summary": str(explanation.plan), "rows": costs["rows"], "model": costs["model"]},
+        "missing": missing,
+        "device": {
+            "name": device_name(device),
+            "memory_bytes": _device_memory(device),
+            "processes": processes,
+        },
+        "stages": stages,
+        "disk_bytes": disk,
+        "notes": notes,
+    }
+
+
+def _not_counted(recipe: Recipe, plan: GraftPlan) -> str | None:
+    """What of a recipe the estimate does not know."""
+    if plan.groups or plan.pruned:
+        return "groups of blocks and pruned blocks"
+    if recipe.finetune is not None and getattr(recipe.finetune, "lora", None) is not None:
+        return "LoRA"
+    return None
+
+
+def _teacher(pipeline: Pipeline, missing: list[str]) -> nn.Module:
+    """The recipe's model, without weights where it has none here."""
+    source, heads = pipeline.recipe.model, pipeline.recipe.num_heads
+    if source.startswith("arch:"):
+        return load_model(source, device="meta")
+    if is_here(source):
+        return pipeline.teacher
+    if source in ARCHITECTURES:
+        missing.append(f"model: the weights of {source} (graft run would get them from the hub)")
+        return load_model(ARCHITECTURES[source], device="meta")
+    raise CheckpointError(
+        f"the weights of {source!r} are not here, and its name does not say which architecture they are of; "
+        f"for an estimate without them give --set model=arch:DiT-XL/2{' and leave out num_heads' if heads else ''}"
+    )
+
+
+def _check_data(pipeline: Pipeline, teacher: nn.Module, missing: list[str]) -> None:
+    recipe = pipeline.recipe
+    if recipe.distill is None and recipe.finetune is None:
+        return
+    try:
+        data = pipeline.data
+    except DataError:
+        if Path(recipe.data.partition(":")[2] or recipe.data).exists():
+            raise
+        missing.append(f"data: {recipe.data}")
+        return
+    Batches(
+        data, family_of(teacher), teacher, seed=0, purpose="check", label_dropout=0.0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    check_latents(data, recipe.sample.vae)
+
+
+def _check_evaluation(pipeline: Pipeline, missing: list[str]) -> None:
+    config = pipeline.recipe.evaluate
+    if config is None:
+        return
+    absent = []
+    if config.reference != FASHION_TRAIN and not Path(config.reference).is_file():
+        absent.append(f"evaluate.reference: {config.reference}")
+    kind, _, weights = config.features.partition(":")
+    if weights and not Path(weights).is_file():
+        absent.append(f"evaluate.features: {kind}: {weights}")
+    if absent:
+        missing += absent
+    else:
+        pipeline.check_evaluation()
+
+
+def _stages(
+    recipe: Recipe, teacher: nn.Module, student: nn.Module, device: torch.device, processes: int
+) -> dict[str, Any]:
+    """Memory and seconds of each stage that the recipe has."""
+    found: dict[str, Any] = {}
+    dtype = next(teacher.parameters()).dtype
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype
+    teacher, student = teacher.to(dtype), student.to(dtype)
+    watches: dict[str, pace.Stopwatch] = {}
+
+    def watch(precision: str, batch_size: int) -> pace.Stopwatch:
+        return watches.setdefault(precision, pace.Stopwatch(device, precision, dtype, batch_size))
+
+    if recipe.distill is not None and len(recipe.graft_plan):
+        config, share = recipe.distill, -(-recipe.distill.batch_size // processes)
+        precision = make_compute(device, config.precision).precision
+        memory = estimate.distill_memory(teacher, student, config, share, precision)
+        seconds = pace.distill_seconds(watch(precision, share), teacher, student, config, processes)
+        found["distill"] = {"memory": memory, "seconds": seconds, "precision": precision}
+    if recipe.finetune is not None:
+        tune, share = recipe.finetune, -(-recipe.finetune.batch_size // processes)
+        precision = make_compute(device, tune.precision).precision
+        memory = estimate.finetune_memory(teacher, student, tune, share, precision)
+        seconds = pace.finetune_seconds(watch(precision, share), teacher, student, tune, processes)
+        found["finetune"] = {"memory": memory, "seconds": seconds, "precision": precision}
+    draw = recipe.sample
+    precision = make_compute(device, draw.precision).precision
+    size = min(draw.num, draw.batch_size)
+    seconds = pace.sample_seconds(
+        watch(precision, size), teacher, student, num=draw.num, steps=draw.steps, guidance=draw.guidance
+    )
+    memory = estimate.sample_memory(teacher, student, size, draw.guidance, precision)
+    found["sample"] = {"memory": memory, "seconds": seconds, "precision": precision}
+    return found
+
+
+def _disk(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> dict[str, int]:
+    """Bytes that the run folder and its temporary files take at most."""
+    checkpoints = [
+        (config.keep_checkpoints + 1) * estimate.checkpoint_bytes(student, config)
+        for config in (recipe.distill, recipe.finetune)
+        if config is not None
+    ]
+    channels, height, width = family_of(teacher).sample_shape(teacher)
+    pixels = 3 * height * width * VAE_SIDE**2 if channels == 4 else channels * height * width
+    return {
+        "checkpoints": max(checkpoints, default=0),
+        "graft": estimate.weight_bytes(student),
+        "samples": 2 * recipe.sample.num * pixels,
+        "activations": estimate.cache_bytes(student, recipe.distill) if recipe.distill else 0,
+    }
+
+
+def _device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of the device, or None where it can't be told."""
+    import os
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def in_words(found: Mapping[str, Any]) -> Iterator[str]:
+    """The rehearsal as lines for a person."""
+    yield from found["plan"]["summary"].splitlines()
+    for row in found["plan"]["rows"]:
+        featurizer = "" if row["flops_ft_pct"] is None else f", projections {row['flops_ft_pct']:+.2f} %"
+        yield (
+            f"{row['target']} -> {row['operator']} in {len(row['layers'])} layers: operator FLOPs "
+            f"{row['flops_op_pct']:+.2f} %{featurizer}, parameters {row['params_pct']:+.2f} % of all {row['target']}"
+        )
+    params, flops = found["plan"]["model"]["params"], found["plan"]["model"]["flops_per_image"]
+    yield (
+        f"model: {params[0] / 1e6:.1f}M -> {params[1] / 1e6:.1f}M parameters, "
+        f"{flops[0] / 1e9:.2f} -> {flops[1] / 1e9:.2f} GFLOPs an image"
+    )
+    for what in found["missing"]:
+        yield f"missing: {what}"
+    device = found["device"]
+    memory = device["memory_bytes"]
+    yield (
+        f"estimate for {device['name']}{f', {_gb(memory)} of memory' if memory else ''}"
+        f"{f', each of {n} processes' if (n := device['processes']) > 1 else ''}:"
+    )
+    for stage, needs in found["stages"].items():
+        total = needs["memory"]["total"]
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in needs["memory"].items() if name != "total")
+        yield f"  {stage} ({needs['precision']}): {_duration(needs['seconds'])}, {_gb(total)} ({parts})"
+        if memory and total > memory:
+            yield f"  {stage} does not fit: lower {stage}.batch_size, or spread it over --processes"
+    if not found["stages"]:
+        yield "  none"
+    disk = found["disk_bytes"]
+    if disk:
+        yield f"  disk: {_gb(sum(disk.values()))} ({', '.join(f'{k} {_gb(v)}' for k, v in disk.items() if v)})"
+    yield "  not in it: loading, checkpoints, decoding latents, measuring samples, the data in memory"
+    for note in found["notes"]:
+        yield f"note: {note}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h" if minutes < 2880 else f"{minutes / 1440:.1f} days"
+
+
+__all__ = ["ARCHITECTURES", "in_words", "rehearse"]
