@@ -30,9 +30,11 @@ def gated_filter(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _pieces(u: Tensor) -> Iterator[tuple[slice, int, int]]:
     """(samples, first token, last token + 1): whole samples while they are small, else runs of tokens of one."""
     batch, num_tokens, channels = u.shape
-    row = channels * max(4, u.element_size())
-    samples = max(1, PIECE_BYTES // max(1, num_tokens * row))
-    tokens = num_tokens if samples > 1 else max(1, PIECE_BYTES // row)
+    row, size = channels * max(4, u.element_size()), PIECE_BYTES
+    if type(u) not in (Tensor, torch.nn.Parameter):  # a stand-in without values: few pieces tell as much as many
+        size = max(size, batch * num_tokens * row // 8)
+    samples = max(1, size // max(1, num_tokens * row))
+    tokens = num_tokens if samples > 1 else max(1, size // row)
     for start in range(0, batch, samples):
         for first in range(0, num_tokens, tokens):
             yield slice(start, start + samples), first, min(first + tokens, num_tokens)
