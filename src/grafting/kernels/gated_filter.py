@@ -31,7 +31,10 @@ def _pieces(u: Tensor) -> Iterator[tuple[slice, int, int]]:
     """(samples, first token, last token + 1): whole samples while they are small, else runs of tokens of one."""
     batch, num_tokens, channels = u.shape
     row, size = channels * max(4, u.element_size()), PIECE_BYTES
-    if type(u) not in (Tensor, torch.nn.Parameter):  # a stand-in without values: few pieces tell as much as many
+    if type(u) not in (
+        Tensor,
+        torch.nn.Parameter,
+    ):  # a stand-in without values: few pieces tell as much as many
         size = max(size, batch * num_tokens * row // 8)
     samples = max(1, size // max(1, num_tokens * row))
     tokens = num_tokens if samples > 1 else max(1, size // row)
