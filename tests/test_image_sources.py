@@ -218,6 +218,12 @@ def test_folders_that_are_not_clear(tmp_path: Path, world: Path) -> None:
     (tmp_path / "x" / "loose.png").write_bytes(image_bytes(0))
     with pytest.raises(DataError, match=r"loose\.png.* beside 3 folders"):
         open_images(tmp_path / "x")
+    (tmp_path / "x" / "loose.png").rename(tmp_path / "x" / "bee" / "b.png")
+    with pytest.raises(DataError, match="lies in the folder of images"):
+        encode_images(tmp_path / "x", tmp_path / "x" / "z", config(world))
+    (tmp_path / "x" / "bat").mkdir()
+    with pytest.raises(DataError, match="bat' has no images; every sub-folder is a class"):
+        open_images(tmp_path / "x")
     flat = open_images(tmp_path / "x" / "ant")
     assert flat.labels.tolist() == [-1]
     manifest = encode_images(flat, tmp_path / "z", config(world))

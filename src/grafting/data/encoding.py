@@ -12,7 +12,7 @@ import torch
 
 from grafting.console import Console
 from grafting.data.encoder import EncodeConfig, ShardEncoder
-from grafting.data.images import ImageSource, open_images
+from grafting.data.images import ImageFolder, ImageSource, open_images
 from grafting.data.latent_folder import LatentFolder
 from grafting.data.manifest import SKIPPED, Manifest
 from grafting.data.pixels import quiet_decoding
@@ -74,6 +74,8 @@ def encode_images(
     if processes < 1:
         raise DataError(f"processes={processes}: expected at least 1")
     source = open_images(images) if isinstance(images, (str, Path)) else images
+    if isinstance(source, ImageFolder) and Path(out).resolve().is_relative_to(source.root.resolve()):
+        raise DataError(f"{str(out)!r} lies in the folder of images; give an --out elsewhere")
     rank, world = launched()
     where = as_device(own_device(device, rank if world > 1 else 0, spread=world > 1))
     encoder = ShardEncoder(source, config, where, num_threads)

@@ -69,7 +69,14 @@ class ImageFolder:
         self._real = os.path.realpath(self.root)
         loose, folders = self._listing(self.root)
         found: list[tuple[str, int, int]] = []
-        classes = [(name, files) for name in sorted(folders) if (files := self._walk(self.root / name, name))]
+        classes = [(name, self._walk(self.root / name, name)) for name in folders]
+        empty = [name for name, files in classes if not files]
+        if empty and len(empty) < len(classes):
+            raise DataError(
+                f"folder {str(self.root / empty[0])!r} has no images; every sub-folder is a class and is numbered: "
+                "remove it, or fill it"
+            )
+        classes = [] if empty else classes
         if classes and loose:
             raise DataError(
                 f"folder {str(self.root)!r} has {len(loose)} images (first {loose[0][0]!r}) beside {len(classes)} "
