@@ -341,7 +341,11 @@ def test_run_end_to_end_and_again(run: Graft, world: Path, tmp_path: Path) -> No
     assert contents(out) == before
     assert run("run", world / "tiny.yaml", "--out", out, "--resume")[0] == 0
     assert run("report", out)[0] == 0
-    assert {k for k, v in contents(out).items() if before[k] != v} <= {str(out / "report.html")}
+    changed = {k for k, v in contents(out).items() if before[k] != v}
+    assert changed <= {
+        str(out / "report.html"),
+        str(out / "status.json"),
+    }  # the page, and when it was last touched
     assert run("inspect", out, "--json")[0] == 0
 
 

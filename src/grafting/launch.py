@@ -36,16 +36,16 @@ def launch(arguments: Sequence[str], processes: int, command: Sequence[str] = ("
     0 if all end well; otherwise that of the first to fail, and 137 if one was killed. The others get `GRACE` seconds.
     Signals are passed on once.
     """
-    workers = [
-        subprocess.Popen(
-            [sys.executable, *command, *arguments], env=_environment(rank, processes, port),
-            stdin=subprocess.DEVNULL, stdout=None if rank == 0 else subprocess.DEVNULL,
-            start_new_session=True,  # so that a Ctrl-C reaches them once, through us
-        )
-        for port in [_free_port()] for rank in range(processes)
-    ]  # fmt: skip
+    workers: list[subprocess.Popen[bytes]] = []
     try:
-        with _passing_on(workers) as seen:
+        with _passing_on(workers) as seen:  # before the first is started: a signal may come at once
+            port = _free_port()
+            for rank in range(processes):
+                workers.append(subprocess.Popen(
+                    [sys.executable, *command, *arguments], env=_environment(rank, processes, port),
+                    stdin=subprocess.DEVNULL, stdout=None if rank == 0 else subprocess.DEVNULL,
+                    start_new_session=True,  # so that a Ctrl-C reaches them once, through us
+                ))  # fmt: skip
             return _watch(workers, seen)
     finally:
         for worker in workers:
