@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,23 @@ def prediction(model: torch.nn.Module, seed: int = 3) -> Tensor:
 
 
 __all__ = ["FIXTURES", "TINY", "prediction", "relative", "tiny_dit"]
+
+
+@pytest.fixture
+def graft_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`graft ...` in this process: its standard output; AssertionError with what it said on stderr if it failed."""
+    import sys
+
+    from grafting import cli
+
+    def command(*arguments: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["graft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        if stop.value.code:
+            raise AssertionError(f"exit {stop.value.code}: {err.strip()}")
+        return out
+
+    return command

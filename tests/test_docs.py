@@ -36,11 +36,11 @@ def commands() -> dict[str, set[str]]:
 
     from grafting.cli import app
 
-    found = get_command(app).commands  # type: ignore[attr-defined]
-    return {
-        name: {option for p in command.params for option in p.opts if option.startswith("--")}
-        for name, command in found.items()
-    }
+    def options(command: Any) -> set[str]:
+        own = {option for p in command.params for option in p.opts if option.startswith("--")}
+        return own.union(*(options(part) for part in getattr(command, "commands", {}).values()))
+
+    return {name: options(command) for name, command in get_command(app).commands.items()}  # type: ignore[attr-defined]
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from grafting.errors import DataError, RunError
@@ -119,3 +121,61 @@ def test_other_files_are_refused_with_their_line(tmp_path: Path, text: str, mess
             read(path)
     with pytest.raises(DataError, match="can't read"):
         score(tmp_path / "absent.jsonl")
+
+
+def test_images_of_a_pipeline_and_its_graft_through_the_command(
+    tmp_path: Path, graft_command: Callable[..., str]
+) -> None:
+    import numpy as np
+    from pixart_tools import save_tiny_pipeline
+
+    import grafting
+    from grafting import draws
+
+    base = save_tiny_pipeline(tmp_path / "base")
+    prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
+    size = ["--height", "16", "--width", "24", "--steps", "2", "--num", "2", "--prompts", str(prompts)]
+    graft_command(
+        "geneval", "export", str(base), "--out", str(tmp_path / "teacher"), "--batch-size", "2", *size
+    )
+    student = grafting.graft(
+        grafting.load_model(base), grafting.GraftPlan([grafting.Replace("mha", [1], "hyena_x")])
+    )
+    grafting.save_graft(student, tmp_path / "graft")
+    said = graft_command(
+        "geneval", "export", str(tmp_path / "graft"), "--out", str(tmp_path / "student"), *size
+    )
+    assert said.strip() == f"images: {tmp_path / 'student'}"
+    drawn = {
+        who: [np.asarray(Image.open(p)) for p in sorted((tmp_path / who).glob("*/samples/*.png"))]
+        for who in ("teacher", "student")
+    }
+    assert [len(images) for images in drawn.values()] == [4, 4]
+    assert drawn["teacher"][0].shape == (16, 24, 3)
+    for a, b in zip(drawn["teacher"], drawn["student"], strict=True):
+        assert not np.array_equal(a, b)
+    # The second image of the second prompt alone, by diffusers' own pipeline.
+    pipeline = grafting.load_pipeline(base)
+    pipeline.set_progress_bar_config(disable=True)
+    alone = pipeline(
+        PROMPTS[1]["prompt"], num_inference_steps=2, guidance_scale=4.5, height=16, width=24, clean_caption=False,
+        generator=[torch.Generator().manual_seed(draws.torch_seed(0, "geneval/1/1"))], use_resolution_binning=False,
+    ).images[0]  # fmt: skip
+    assert np.abs(np.asarray(alone).astype(int) - drawn["teacher"][3]).max() <= 1
+
+
+def test_the_score_command_prints_the_table(tmp_path: Path, graft_command: Callable[..., str]) -> None:
+    teacher = write(tmp_path / "t.jsonl", results(counting=[True, True], single_object=[True] * 4))
+    student = write(
+        tmp_path / "s.jsonl", results(counting=[True, False], single_object=[True, True, True, False])
+    )
+    found = json.loads(graft_command("geneval", "score", str(student), "--json"))
+    assert found["overall"] == 62.5
+    assert [row["score"] for row in found["rows"]] == [75, 50]
+    both = json.loads(graft_command("geneval", "score", str(student), "--against", str(teacher), "--json"))
+    assert both["overall"] == {"teacher": 100.0, "student": 62.5, "difference": -37.5}
+    table = graft_command("geneval", "score", str(student))
+    assert "single_object" in table
+    assert "62.5" in table
+    with pytest.raises(AssertionError, match="can't read results"):
+        graft_command("geneval", "score", str(tmp_path / "none"))

@@ -3,7 +3,7 @@
 A module per group of verbs; importing it registers them, in the order of `graft --help`.
 """
 
-from grafting.cli import runs, status, models, analysis, images, data, text, studies, bench  # noqa: I001
+from grafting.cli import runs, status, models, analysis, images, data, text, geneval, studies, bench  # noqa: I001
 from grafting.cli.app import app
 from grafting.cli.entry import main
 
@@ -12,6 +12,7 @@ __all__ = [
     "app",
     "bench",
     "data",
+    "geneval",
     "images",
     "main",
     "models",

@@ -52,16 +52,31 @@ def sample(
 @app.command()
 def evaluate(
     samples: Annotated[Path, typer.Argument(help="Sample file (.npz).")],
-    reference: Annotated[str, typer.Option(help="fashion-train, an ADM reference .npz, or another sample file.")],
+    reference: Annotated[
+        str | None, typer.Option(help="fashion-train, an ADM reference .npz, or another sample file.")
+    ] = None,
     features: Annotated[str, typer.Option(help="auto, fashion, or inception:WEIGHTS.")] = "auto",
+    clip: Annotated[str | None, typer.Option(help="A CLIP (folder or hub id): alignment with the captions.")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="With --clip: a prompt for each image; default: those that graft sample left.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the result here, for graft compare.")] = None,
     device: Device = "cpu", json_: Json = False,
 ) -> None:  # fmt: skip
-    """Frechet distance, precision, recall, inception-style score and label accuracy of a sample file."""
+    """Frechet distance, precision, recall, inception-style score and label accuracy of a sample file; CLIP score."""
+    from grafting.errors import GraftError
     from grafting.evaluation import evaluate as measure
+    from grafting.evaluation.alignment import evaluate_alignment
     from grafting.formats.weights import write_json
 
-    found = measure(samples, reference, features, device=device)
+    if reference is None and clip is None:
+        raise GraftError("nothing to measure against: give --reference, --clip, or both")
+    parts = []
+    if reference is not None:
+        parts.append(measure(samples, reference, features, device=device))
+    if clip is not None:
+        parts.append(evaluate_alignment(samples, clip, captions, device=device))
+    found = {key: {k: v for part in parts for k, v in part[key].items()} for key in ("metrics", "protocol")}
     if out:
         write_json(out, found)
     show(found, json_)

@@ -80,14 +80,17 @@ def fetch_prompts(path: Path) -> Path:
 def prompt_sampler(
     pipeline: Any, *, steps: int = 20, guidance: float = 4.5, height: int | None = None, width: int | None = None
 ) -> Draw:  # fmt: skip
-    """A text-to-image pipeline of diffusers as a function of prompts and seeds; each image has its own generator."""
+    """A text-to-image pipeline of diffusers as a function of prompts and seeds; each image has its own generator.
+
+    Captions are lowered and stripped and not cleaned of markup, as in `graft synthesize`.
+    """
     import torch
 
     def draw(prompts: list[str], seeds: list[int]) -> Sequence[Any]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipeline(
             prompts, num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
-            generator=generators, use_resolution_binning=False,
+            generator=generators, use_resolution_binning=False, clean_caption=False,
         ).images  # fmt: skip
 
     return draw

@@ -45,7 +45,7 @@ def evaluate(
         raise DataError(
             f"{file.name} has {file.num_samples} samples; at least {NUM_NEIGHBOURS + 1} are needed"
         )
-    protocol = _sampling_protocol(file)
+    protocol = sampling_protocol(file)
     extracted = extract_all(file, network, batch_size=batch_size, device=device, progress=progress)
     target = load_reference(reference, network, batch_size=batch_size, device=device)
 
@@ -88,7 +88,8 @@ def _network(features: str, reference: str | Path) -> FeatureNetwork:
     )
 
 
-def _sampling_protocol(file: SampleFile) -> dict[str, Any]:
+def sampling_protocol(file: SampleFile) -> dict[str, Any]:
+    """What a sample file says of how it was made; None for what it does not say."""
     claimed = file.protocol.get("num_samples", file.num_samples)
     if claimed != file.num_samples:
         raise DataError(
