@@ -317,7 +317,8 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
 def test_plans_are_made_of_entries(tmp_path: Path) -> None:
     for data, part in (
         (Prune([1]), r"GraftPlan\(\["),
-        ([{"prune": 1}], "from_dict"),
+        ([{"prune": 1}], r"entry 1 \(prune\)"),
+        ([{"cut": 1}], "entry 1: unknown key"),
         ("a.yaml", "load"),
         ([], "no en"),
     ):

@@ -100,8 +100,15 @@ def test_errors_name_the_place_and_leave_the_model_alone(
 
 @pytest.mark.parametrize("plan", [None, [], {"entries": []}, "interleaved-50", Replace("mha", "all", "swa")])
 def test_something_that_is_no_plan_is_refused(model: nn.Module, plan: Any) -> None:
-    with pytest.raises(PlanError, match="GraftPlan"):
+    with pytest.raises(PlanError, match="plan"):
         graft(model, plan)
+
+
+def test_a_plan_may_be_plain_data(model: nn.Module) -> None:
+    entry = {"replace": {"target": "mha", "layers": [0], "with": "swa"}}
+    plain, typed = graft(model, [entry]), graft(model, GraftPlan([Replace("mha", [0], "swa")]))
+    assert record_of(plain) == record_of(typed)
+    assert explain(model, [entry]).plan == GraftPlan([entry]) == GraftPlan.from_dict([entry])
 
 
 def test_a_model_of_no_family_is_refused() -> None:

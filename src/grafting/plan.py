@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from grafting.entries import ENTRY_TYPES, Entry, Parallelize, Prune, Replace, check_keys
 from grafting.errors import PlanError
@@ -34,31 +34,33 @@ VERSIONS_READ = (1,)
 MAX_ENTRIES = 10_000
 
 
+EntryLike: TypeAlias = "Entry | Mapping[str, Any]"  # an entry, or one in plan-file form
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class GraftPlan:
     """An immutable sequence of entries; equal if the entries are, in the same order.
 
+    Entries are `Replace`, `Parallelize` and `Prune`, or mappings in plan-file form ({"replace": {"target": ...}}).
     Raises PlanError when there is no entry, or something that is not an entry.
     """
 
     entries: tuple[Entry, ...]
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[EntryLike]) -> None:
         if isinstance(entries, (Replace, Parallelize, Prune)):
             raise PlanError(f"a plan is a list of entries, got one entry; write GraftPlan([{show(entries)}])")
         if not isinstance(entries, (list, tuple, GraftPlan)):
             raise PlanError(
                 f"a plan is a list of entries, got {show(entries)}; read files with GraftPlan.load"
             )
-        for number, entry in enumerate(entries, 1):
-            if not isinstance(entry, (Replace, Parallelize, Prune)):
-                raise PlanError(
-                    f"entry {number}: {show(entry)} is not a Replace, Parallelize or Prune; "
-                    "make entries of plain data with GraftPlan.from_dict"
-                )
         if not entries:
             raise PlanError("the plan has no entries; give at least one replace, parallelize or prune")
-        object.__setattr__(self, "entries", tuple(entries))
+        made = (
+            entry if isinstance(entry, (Replace, Parallelize, Prune)) else _entry(entry, number)
+            for number, entry in enumerate(entries, 1)
+        )  # fmt: skip
+        object.__setattr__(self, "entries", tuple(made))
 
     @classmethod
     def empty(cls) -> GraftPlan:
@@ -84,7 +86,7 @@ class GraftPlan:
             raise PlanError(f"a plan of {len(data)} entries; give at most {MAX_ENTRIES}")
         if allow_empty and not data:
             return cls.empty()
-        return cls([_entry(item, number) for number, item in enumerate(data, 1)])
+        return cls(data)
 
     def to_dict(self) -> dict[str, Any]:
         """{"version": 1, "entries": [...]} in plan-file form, keys at their default left out."""
@@ -199,6 +201,9 @@ class GraftPlan:
 
     def __repr__(self) -> str:
         return f"GraftPlan([{', '.join(map(repr, self.entries))}])" if self.entries else "GraftPlan.empty()"
+
+
+PlanLike: TypeAlias = "GraftPlan | Sequence[EntryLike]"
 
 
 def _entries_of(data: Mapping[str, Any]) -> object:

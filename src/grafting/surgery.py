@@ -19,7 +19,7 @@ from grafting.explanation import Edit, Explanation
 from grafting.families import Family, Site, family_of
 from grafting.formats.weights import combined_digest, digests
 from grafting.operators import Cost
-from grafting.plan import GraftPlan, Parallelize, Replace
+from grafting.plan import GraftPlan, Parallelize, PlanLike, Replace
 from grafting.selectors import Locality
 
 _RECORD = "graft_record"
@@ -92,16 +92,13 @@ def edited_groups(model: nn.Module) -> dict[str, tuple[Site, Parallelize]]:
 
 
 def match(
-    model: nn.Module, plan: GraftPlan, locality: Locality | None = None
+    model: nn.Module, plan: PlanLike, locality: Locality | None = None
 ) -> tuple[GraftPlan, tuple[Edit, ...]]:
     """Resolve and check a plan on an untouched model: the plan with layer numbers, and its edits in block order.
 
     Raises PlanError or OperatorError that names the layer and the remedy.
     """
-    if not isinstance(plan, GraftPlan):
-        raise PlanError(
-            f"expected a GraftPlan, got {type(plan).__name__}; make one with GraftPlan([...]) or .load(path)"
-        )
+    plan = plan if isinstance(plan, GraftPlan) else GraftPlan(plan)
     family = family_of(model)
     resolved = plan.resolve(family.num_layers(model), locality)
     sites = {(site.kind, site.layer): site for site in family.sites(model)}
@@ -141,7 +138,7 @@ def match(
     return resolved, tuple(sorted(edits, key=lambda edit: (edit.site.layer, edit.site.kind)))
 
 
-def explain(model: nn.Module, plan: GraftPlan, locality: Locality | None = None) -> Explanation:
+def explain(model: nn.Module, plan: PlanLike, locality: Locality | None = None) -> Explanation:
     """What `plan` would do to `model`, with parameters and FLOPs before and after; touches nothing."""
     resolved, edits = match(model, plan, locality)
     family = family_of(model)
@@ -170,7 +167,7 @@ def explain(model: nn.Module, plan: GraftPlan, locality: Locality | None = None)
 
 
 def graft(
-    model: nn.Module, plan: GraftPlan, *, seed: int = 0, locality: Locality | None = None, share: bool = False
+    model: nn.Module, plan: PlanLike, *, seed: int = 0, locality: Locality | None = None, share: bool = False
 ) -> nn.Module:  # fmt: skip
     """An edited copy of `model`; `model` itself is untouched, also after an error.
 
