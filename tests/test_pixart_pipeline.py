@@ -27,7 +27,7 @@ def draw(pipeline: Any) -> np.ndarray:
 
 
 def test_a_graft_is_a_pipeline_again_and_stock_loaders_refuse_it(tmp_path: Path) -> None:
-    from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+    from diffusers import DiffusionPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 
     base = save_tiny_pipeline(tmp_path / "base")
     student = grafting.graft(grafting.load_model(base), PLAN)
@@ -54,8 +54,12 @@ def test_a_graft_is_a_pipeline_again_and_stock_loaders_refuse_it(tmp_path: Path)
         assert (lora_of(again.transformer) is None) == merge
         with pytest.raises(OSError):
             PixArtTransformer2DModel.from_pretrained(out / "transformer")
-        with pytest.raises((OSError, ValueError, AttributeError, ImportError)):
-            PixArtSigmaPipeline.from_pretrained(out)
+        for fast in (True, False):
+            with pytest.raises(OSError):
+                PixArtTransformer2DModel.from_pretrained(out, subfolder="transformer", low_cpu_mem_usage=fast)
+            for stock in (PixArtSigmaPipeline, DiffusionPipeline):
+                with pytest.raises((OSError, ValueError, AttributeError, ImportError)):
+                    stock.from_pretrained(out, low_cpu_mem_usage=fast)
         with pytest.raises(CheckpointError, match="not an empty folder"):
             grafting.save_pipeline(student, out)
     calls: list[Any] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from grafting.card import model_card, write_samples
 from grafting.errors import CheckpointError, GraftError
 from grafting.formats import weights
 from grafting.formats.graft_folder import MANIFEST, is_graft_folder, save_graft
 from grafting.formats.pipeline_folder import INDEX, find_pipeline, read_index
 from grafting.lora import merge_lora
-from grafting.plan import GraftPlan
 from grafting.surgery import record_of, set_record
 
 
@@ -48,11 +47,14 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def save_pipeline(model: nn.Module, folder: str | Path, *, merge: bool = False) -> None:
+def save_pipeline(
+    model: nn.Module, folder: str | Path, *, merge: bool = False, run: str | Path | None = None
+) -> None:  # fmt: skip
     """Write a whole pipeline with this edited transformer, which needs no base; `load_pipeline` opens it.
 
     The transformer's folder holds a graft and no config.json, so that diffusers' own loaders refuse it instead of
-    filling what they don't know with garbage. merge: add LoRA adapters into the weights first.
+    filling what they don't know with garbage. merge: add LoRA adapters into the weights first. run: the run folder that
+    the model came from: the model card then has its protocol, costs and samples.
     Raises CheckpointError.
     """
     record, folder = record_of(model), Path(folder)
@@ -64,44 +66,40 @@ def save_pipeline(model: nn.Module, folder: str | Path, *, merge: bool = False) 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{str(folder)!r} is not an empty folder; give another place")
     alone = copy.copy(merge_lora(model) if merge else model)
-    set_record(alone, dataclasses.replace(record, base_digests={}))
+    hub_id = (
+        None if Path(record.source).exists() else record.source
+    )  # a folder of this machine is nobody else's
+    set_record(alone, dataclasses.replace(record, base_digests={}, source=hub_id))
     save_graft(alone, folder / "transformer")
     for part in sorted(home.iterdir()):
         if part.is_dir() and part.name != "transformer" and not part.name.startswith("."):
             shutil.copytree(part, folder / part.name)
     weights.write_json(folder / INDEX, {**read_index(home), "_opened_by": "grafting.load_pipeline"})
-    weights.write_bytes(folder / "README.md", model_card(folder).encode())
-
-
-def model_card(folder: str | Path) -> str:
-    """A model card (Markdown) of a graft or pipeline folder: what opens it, the plan, the base."""
-    folder = Path(folder)
-    places = (folder, folder / "transformer", folder / "graft")
-    graft = next((at for at in places if is_graft_folder(at)), None)
-    if graft is None:
-        raise CheckpointError(f"{str(folder)!r} holds no graft: it has no {MANIFEST}")
-    manifest = weights.read_json(graft / MANIFEST, "graft")
-    plan = GraftPlan.from_dict(manifest["plan"], allow_empty=True)
-    origin = manifest.get("origin") or "not recorded"
-    source = Path(origin).name if Path(origin).is_absolute() else origin
-    lora = manifest.get("lora")
-    lines = [
-        "---", "library_name: grafting", "tags: [grafting, diffusion]", "---", "", f"# A graft of {source}", "",
-        "The architecture of this model was edited, so that diffusers' own classes can't load it. Open it with", "",
-        "```python", "import grafting", "", 'pipeline = grafting.load_pipeline("FOLDER")', "```", "",
-        "## Plan", "", "```json", json.dumps(plan.to_dict()["entries"], indent=1), "```", "",
-        f"Base needed beside this folder: {'yes' if manifest['base'] else 'no'}.",
-        f"LoRA: rank {lora['rank']}, alpha {lora['alpha']:g}, unmerged." if lora else "LoRA: none.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    if run is not None:
+        write_samples(Path(run), folder)
+    weights.write_bytes(folder / "README.md", model_card(folder, run).encode())
 
 
 def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, api: Any = None) -> str:
-    """Upload a graft or pipeline folder with its model card; the address of the repository.
+    """Upload a graft or pipeline folder with its model card (README.md, written where there is none).
+
+    Returns the address of the repository. A graft whose base is a local folder is refused: nobody else has that.
 
     api: a `huggingface_hub.HfApi`, default a new one (which takes the token of `hf auth login`). Raises GraftError.
     """
     folder = Path(folder)
+    if (folder / "run.json").is_file():
+        raise GraftError(
+            f"{str(folder)!r} is a run folder, with checkpoints and logs; upload what graft export makes of it "
+            "(--format pipeline, or --format graft)"
+        )
+    if is_graft_folder(folder):
+        base = weights.read_json(folder / MANIFEST, "graft").get("base")
+        if isinstance(base, dict) and Path(base.get("source") or "/").is_absolute():
+            raise GraftError(
+                f"the graft {str(folder)!r} needs its base, which is a local folder; upload the whole instead "
+                "(graft export --format pipeline), or graft the model by its hub id"
+            )
     if not (folder / "README.md").is_file():
         weights.write_bytes(folder / "README.md", model_card(folder).encode())
     if api is None:

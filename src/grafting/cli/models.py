@@ -1,4 +1,4 @@
-"""Verbs about models and plans: list, inspect, explain, cost, import, export."""
+"""Verbs about models and plans: list, inspect, explain, cost, import, export, push."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import check_empty, emit, new_console, open_model, show
+from grafting.cli.common import check_empty, emit, new_console, open_model, parse_dtype, show
 from grafting.cli.options import Device, Dtype, Heads, Json, Locality, Plan, Seed, Source
 
 
@@ -120,16 +120,25 @@ def import_(
 
 @app.command()
 def export(
-    source: Source, out: Annotated[Path, typer.Option(help="File (.pt) or, for diffusers, folder.")],
-    format: Annotated[str, typer.Option(help="published or diffusers.")] = "published",
+    source: Source, out: Annotated[Path, typer.Option(help="File (.pt) of published, folder of the others.")],
+    format: Annotated[str, typer.Option(help="published, diffusers, pipeline or graft.")] = "published",
+    merge: Annotated[bool, typer.Option("--merge", help="Add LoRA adapters into the weights.")] = False,
+    dtype: Dtype = None,
 ) -> None:  # fmt: skip
-    """Write a model in another layout: a published .pt, or diffusers' (unedited models only)."""
-    from grafting.errors import GraftError
-    from grafting.formats.published import export_published
-    from grafting.loading import save_diffusers
+    """Write a model in another layout: a published .pt, diffusers' (unedited DiTs), a whole pipeline, or a graft."""
+    from grafting.exports import export_model
 
-    writers = {"published": export_published, "diffusers": save_diffusers}
-    if format not in writers:
-        raise GraftError(f"unknown format {format!r}: expected {' or '.join(writers)}")
-    writers[format](open_model(source), out)
+    export_model(source, out, format, merge=merge, dtype=parse_dtype(dtype))
     print(f"exported: {out}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What graft export wrote: a pipeline or a graft.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+) -> None:
+    """Upload to the hub, with a model card: plan, costs, protocol, samples. Takes the token of `hf auth login`."""
+    from grafting.pipelines import push_to_hub
+
+    print(f"pushed: {push_to_hub(folder, repo, private=private)}")

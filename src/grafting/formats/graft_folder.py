@@ -114,7 +114,7 @@ def load_graft(
             shapes = plain_state(_edited(_build(manifest["architecture"]), plan, manifest))
         weights.check_fit(shapes, tensors, str(folder))
         skeleton = weights.cast(_build(manifest["architecture"]), saved_dtype)
-        student, digests, source = _edited(skeleton, plan, manifest), {}, _origin(manifest)
+        student, digests, source = _edited(skeleton, plan, manifest), {}, _origin(manifest, folder)
         weights.load_strictly(student, module_state(student, tensors), str(folder))
     else:
         if base is None:
@@ -157,7 +157,10 @@ def _edited(base: nn.Module, plan: GraftPlan, manifest: dict[str, Any], share: b
     return student
 
 
-def _origin(manifest: dict[str, Any]) -> str | None:
+def _origin(manifest: dict[str, Any], folder: Path) -> str | None:
+    """Where the rest of a pipeline is: around the graft, or where the base came from."""
+    if (folder.parent / "model_index.json").is_file():
+        return str(folder.parent.resolve())
     origin = manifest.get("origin")
     return origin if isinstance(origin, str) else None
 
