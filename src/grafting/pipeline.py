@@ -32,7 +32,7 @@ from grafting.recipes import Recipe
 from grafting.runs import RunFolder
 from grafting.surgery import explain, graft
 from grafting.training.compute import make_compute
-from grafting.training.config import DistillConfig, FinetuneConfig, settings
+from grafting.training.config import DistillConfig, FinetuneConfig, seeded, settings
 from grafting.training.distillation import distill
 from grafting.training.finetuning import finetune
 from grafting.training.loop import Interrupted
@@ -142,14 +142,14 @@ class Pipeline:
 
     def distill(self) -> dict[str, Any]:
         """Stage 1."""
-        config = _seeded(self.recipe.distill or DistillConfig(), self.recipe.seed)
+        config = seeded(self.recipe.distill or DistillConfig(), self.recipe.seed)
         return self._train(
             "distill", lambda student: distill(student, self.teacher, self.data, config, journal=self.run)
         )
 
     def finetune(self) -> dict[str, Any]:
         """Stage 2."""
-        config = _seeded(self.recipe.finetune or FinetuneConfig(), self.recipe.seed)
+        config = seeded(self.recipe.finetune or FinetuneConfig(), self.recipe.seed)
         return self._train(
             "finetune", lambda student: finetune(student, self.data, config, self.teacher, journal=self.run)
         )
@@ -268,15 +268,6 @@ def open_pipeline(path: str | Path, console: Console, device: str = "cpu") -> Pi
     if not pipeline.compute.is_main:
         pipeline.run = RunFolder(path, writer=False)
     return pipeline
-
-
-def _seeded(config: Any, seed: int) -> Any:
-    """The recipe's seed is the stages' seed unless they say another."""
-    return (
-        config
-        if "seed" in config.model_fields_set and config.seed
-        else config.model_copy(update={"seed": seed})
-    )
 
 
 __all__ = ["STAGES", "Pipeline", "open_pipeline"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -82,6 +83,25 @@ class Recipe(Settings):
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe in JSON types."""
         return self.model_dump(mode="json")
+
+
+def upgraded(recipe: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """A resolved recipe of a run folder of that version, in the form that it has today.
+
+    Settings that it does not have are as they are by default. Before version 2 a stage's seed of 0 was the run's.
+    """
+    found = dict(recipe)
+    kinds: dict[str, type[Settings]] = {
+        "distill": DistillConfig, "finetune": FinetuneConfig, "sample": SampleConfig, "evaluate": EvaluateConfig,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), Mapping):
+            continue
+        stage = dict(found[name])
+        if version < 2 and stage.get("seed") == 0:
+            stage["seed"] = None
+        found[name] = kind().model_dump(mode="json") | stage
+    return found
 
 
 def _starting_at_random(entry: Any) -> Any:

@@ -25,6 +25,7 @@ from grafting.errors import CheckpointError, GraftError, RunError
 from grafting.evaluation.samples import to_uint8
 from grafting.formats import weights
 from grafting.formats.graft_folder import is_graft_folder, load_graft, save_graft
+from grafting.recipes.settings import upgraded
 from grafting.runs import checkpoints
 from grafting.runs.lock import NAME as LOCK
 from grafting.runs.lock import FolderLock
@@ -34,7 +35,7 @@ from grafting.runs.status import StatusFile
 from grafting.training.loop import Interrupted
 from grafting.yaml_io import dump_yaml, load_yaml
 
-VERSION = 1
+VERSION = 2  # 1: a stage's seed of 0 was the run's
 CACHE = "cache"  # stored activations of stage 1, while it runs
 _FREE_KEYS = {"about", "trackers"}  # of a recipe: a run goes on though they have changed
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -87,9 +88,7 @@ class RunFolder:
         elif not resume:
             raise RunError(f"{where!r} already holds a run; go on with --resume, or give another --out")
         else:
-            existing = load_yaml(self.path / "recipe.yaml", "recipe", RunError)
-            if not isinstance(existing, dict):
-                raise RunError(f"{self.path / 'recipe.yaml'} is not a recipe")
+            existing = self.recipe()
             keys = {*existing, *recipe} - _FREE_KEYS
             differing = sorted(k for k in keys if existing.get(k) != recipe.get(k))
             if differing:
@@ -194,11 +193,12 @@ class RunFolder:
         return state
 
     def recipe(self) -> dict[str, Any]:
-        """The recipe, as written."""
+        """The recipe, as written; that of an older run in today's form."""
         data = load_yaml(self.path / "recipe.yaml", "recipe", RunError)
         if not isinstance(data, dict):
             raise RunError(f"{self.path / 'recipe.yaml'} is not a recipe")
-        return data
+        version = self.read().get("version") if (self.path / "run.json").is_file() else VERSION
+        return upgraded(data, version if isinstance(version, int) else VERSION)
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage recorded, or None."""

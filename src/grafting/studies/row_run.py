@@ -22,14 +22,16 @@ from grafting.generation import generate
 from grafting.pipeline import Pipeline
 from grafting.recipes import parse_overrides, recipe_mapping
 from grafting.recipes.rows import Row, Study, UnavailableError, row_recipe
-from grafting.recipes.settings import Recipe
+from grafting.recipes.settings import Recipe, upgraded
 from grafting.runs import FolderLock, RunFolder
+from grafting.runs.folder import VERSION
 from grafting.selectors import needs_locality
 from grafting.studies.control import finetune_teacher
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 
 TRAINING = ("distill", "finetune")
+_NOT_OF_THE_RESULT = ("name", "about", "preset", "trackers")
 
 
 @dataclass(frozen=True)
@@ -234,9 +236,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:
     """What a row's result depends on, names apart."""
-    found = {k: v for k, v in recipe.to_dict().items() if k not in ("name", "about", "preset")}
+    found = {k: v for k, v in recipe.to_dict().items() if k not in _NOT_OF_THE_RESULT} | {"version": VERSION}
     if row.teacher in ("as it is", "other noise"):
-        found = {k: found[k] for k in ("model", "num_heads", "dtype", "seed", "sample", "evaluate")}
+        found = {
+            k: found[k] for k in ("model", "num_heads", "dtype", "seed", "sample", "evaluate", "version")
+        }
         return {"teacher": True, **found}
     return {"teacher": row.teacher == "finetuned", **found}
 
@@ -247,7 +251,7 @@ def _check_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
     if not file.is_file():
         weights.write_json(file, dict(identity))
         return
-    known = weights.read_json(file, "row")
+    known = _read_identity(file)
     now = json.loads(json.dumps(identity))
     differing = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
     if differing:
@@ -257,13 +261,19 @@ def _check_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
         )
 
 
+def _read_identity(file: Path) -> dict[str, Any]:
+    known = weights.read_json(file, "row")
+    version = known.get("version")
+    return upgraded(known, version if isinstance(version, int) else 1) | {"version": VERSION}
+
+
 def _take_over(setting: Setting, path: Path, name: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of the same row in a folder whose work may be taken over, with its samples."""
     now = json.loads(json.dumps(identity))
     for folder in setting.reuse:
         for file in sorted((folder / "shared" / "rows").glob("*.json")):
             row = folder / "rows" / file.stem
-            if not (row / "result.json").is_file() or weights.read_json(file, "row") != now:
+            if not (row / "result.json").is_file() or _read_identity(file) != now:
                 continue
             result = weights.read_json(row / "result.json", "result")
             if result.get("samples"):

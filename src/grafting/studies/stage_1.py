@@ -15,7 +15,7 @@ from grafting.pipeline import Pipeline
 from grafting.plan import GraftPlan
 from grafting.studies.shelf import Shelf, Shelved, operator_keys, plan_key
 from grafting.surgery import Edit, explain, graft
-from grafting.training.config import DistillConfig
+from grafting.training.config import DistillConfig, seeded
 from grafting.training.distillation import DistillResult, distill
 from grafting.training.loop import Interrupted
 
@@ -34,7 +34,7 @@ def shared_stage_1(pipeline: Pipeline, shelf: Shelf) -> None:
         return
     if run.result("graft") is None:
         pipeline.graft()
-    config = recipe.distill.model_copy(update={"seed": recipe.distill.seed or recipe.seed})
+    config = seeded(recipe.distill, recipe.seed)
     said = explain(pipeline.teacher, recipe.graft_plan, recipe.locality)
     edits = said.edits
     if said.groups or said.pruned:

@@ -34,7 +34,7 @@ class ActivationCache:
         stage: _Stage,
     ):
         self.folder, self.arrays, self.size = folder, arrays, size
-        self.seed, self.device = stage.config.seed, stage.compute.device
+        self.seed, self.device = stage.seed, stage.compute.device
         self.groups = {pupil.path for pupil in stage.pupils if pupil.site.layers}
         self.dtype = next(stage.teacher.parameters()).dtype
         self.bytes = sum(array.nbytes for triple in arrays.values() for array in triple)

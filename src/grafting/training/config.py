@@ -34,7 +34,7 @@ class Optimization(Settings):
     steps: Count = 250
     batch_size: Count = 64
     micro_batch: Annotated[int, Field(ge=0)] = 0  # samples per forward pass of a process; 0: its whole share
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # None: the run's; 0 without a run
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of linear layers
     lr: Positive = 1e-3
     schedule: Literal["cosine", "constant", "halving"] = "cosine"
@@ -135,6 +135,12 @@ class FinetuneConfig(Optimization):
 
 
 Kind = TypeVar("Kind", bound=Settings)
+Stage = TypeVar("Stage", bound=Optimization)
+
+
+def seeded(config: Stage, seed: int) -> Stage:
+    """The settings of a stage with a seed of their own: `seed`, that of the run, where they state none."""
+    return config if config.seed is not None else config.model_copy(update={"seed": seed})
 
 
 def settings(kind: type[Kind], given: Kind | Mapping[str, Any] | None, where: str) -> Kind:

@@ -142,6 +142,7 @@ class _Stage:
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
         self.config, self.compute, self.journal = config, compute, journal
+        self.seed = config.seed or 0
         if not edited_sites(student) and not edited_groups(student):
             raise PlanError(
                 "this model has no replaced operators or groups of blocks: distill trains what graft() put in; "
@@ -151,9 +152,9 @@ class _Stage:
         self.opened = open_groups(family, student, {site.layer for site, _ in edited_sites(student).values()})
         self.pupils = self._pupils()
         self.bad = BadSteps(compute.device)
-        train, validation = split(data, config.num_validation, config.seed)
+        train, validation = split(data, config.num_validation, self.seed)
         self.batches = Batches(
-            train, family, teacher, seed=config.seed, purpose=STAGE,
+            train, family, teacher, seed=self.seed, purpose=STAGE,
             label_dropout=config.label_dropout, device=compute.device,
         )  # fmt: skip
         self.validation = (
@@ -341,7 +342,7 @@ class _Stage:
     def _calibration(self, paths: list[str]) -> Iterator[dict[str, Tap]]:
         """The teacher's taps on the calibration samples, a batch at a time."""
         batches = Batches(
-            self.batches.data, self.family, self.teacher, seed=self.config.seed, purpose=f"{STAGE}/calibration",
+            self.batches.data, self.family, self.teacher, seed=self.seed, purpose=f"{STAGE}/calibration",
             label_dropout=self.config.label_dropout, device=self.compute.device,
         )  # fmt: skip
         size = min(self.config.fit_samples, len(self.batches.data))

@@ -101,7 +101,7 @@ def _adapt(student: nn.Module, config: FinetuneConfig) -> None:
     rank, alpha, present = config.lora.rank, config.lora.alpha, lora_of(student)
     if present is None:
         targets = lora_targets(student, config.lora.targets)
-        add_lora(student, Lora(rank=rank, alpha=alpha, targets=targets), config.seed)
+        add_lora(student, Lora(rank=rank, alpha=alpha, targets=targets), config.seed or 0)
     elif (present.rank, present.alpha) != (rank, alpha):
         raise RunError(
             f"finetune: the student has LoRA adapters of rank {present.rank} and alpha {present.alpha:g} already; give "
@@ -157,6 +157,7 @@ class _Stage:
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
         self.config, self.compute, self.journal = config, compute, journal
+        self.seed = config.seed or 0
         parameters = trained_parameters(
             family, student, "operators" if config.lora is not None else config.train
         )
@@ -170,11 +171,11 @@ class _Stage:
         self.names = list(parameters)
         if not self.names:
             raise PlanError("stage 2 has nothing to train: every operator of the plan says train: false")
-        train, validation = split(data, config.num_validation, config.seed)
+        train, validation = split(data, config.num_validation, self.seed)
         if config.fraction < 1:  # of what is not held out: the same samples are held out at every fraction
-            train = train.subset(config.fraction, config.seed)
+            train = train.subset(config.fraction, self.seed)
         self.batches = Batches(
-            train, family, student, seed=config.seed, purpose=STAGE,
+            train, family, student, seed=self.seed, purpose=STAGE,
             label_dropout=config.label_dropout, device=compute.device,
         )  # fmt: skip
         self.held_out = (
@@ -354,7 +355,7 @@ class _Stage:
         if not (self.compute.is_main or self.held.takes_all):
             return
         index = torch.arange(self.config.preview_samples, device=self.compute.device)
-        noise = draws.normal(self.config.seed, "preview", index, self.family.sample_shape(self.student))
+        noise = draws.normal(self.seed, "preview", index, self.family.sample_shape(self.student))
         classes = self.family.num_classes(self.student)
         labels = index % classes if classes else self.batches.conditions(index.cpu())
 
