@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES
+from latent_tools import save_vae
+from safetensors.torch import save_file
 from torch import Tensor
 
 from grafting import cli, load_model
 from grafting.diffusion import sample
 from grafting.errors import CheckpointError
 from grafting.formats.published import import_published
+from grafting.plan import GraftPlan
 from grafting.surgery import record_of
 
 Graft = Callable[..., tuple[int, str, str]]
@@ -187,6 +190,53 @@ def test_each_imports_without_a_plan_and_comes_back(run: Graft, tmp_path: Path, 
     x0 = sample(model, noise, torch.tensor([0, CLASSES - 1]), steps=2, sampler="dpm++", guidance=1.5)
     assert x0.shape == (2, 4, 8, 8)
     assert torch.isfinite(x0).all()
+
+
+def test_an_imported_graft_goes_on_in_a_run_folder(run: Graft, tmp_path: Path) -> None:
+    name = "mha-hyena_se-50p"
+    file, teacher = write(tmp_path, name), tmp_path / "teacher.pt"
+    torch.save({"ema": state("mha-mha-100p")}, teacher)
+    assert run("import", file, "--out", tmp_path / "g", "--num-heads", HEADS)[0] == 0
+    x = torch.randn(40, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    save_file({"x": x, "y": torch.arange(40) % CLASSES}, tmp_path / "latents.safetensors")
+    recipe = {
+        "model": str(teacher), "num_heads": HEADS, "data": str(tmp_path / "latents.safetensors"),
+        "student": str(tmp_path / "g"), "evaluate": None,
+        "sample": {"num": 4, "steps": 2, "vae": str(save_vae(tmp_path / "vae"))},
+        "finetune": {"steps": 2, "batch_size": 4, "num_validation": 4, "warmup": 0},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    code, _, stderr = run("run", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    assert code == 0, stderr
+    steps = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "distill" not in json.dumps(steps["stages"])  # the graft has had its stage 1
+    tuned, imported = load_model(tmp_path / "run"), load_model(tmp_path / "g")
+    assert record_of(tuned).plan == record_of(imported).plan == GraftPlan.load(tmp_path / "run" / "plan.yaml")
+    moved = {
+        key: (tensor - tuned.state_dict()[key]).abs().max() for key, tensor in imported.state_dict().items()
+    }
+    assert 0 < max(moved.values()) < 0.01  # two steps of 5e-4 away from where it was
+    # the same in single verbs
+    arguments = ("apply", teacher, "--num-heads", HEADS, "--data", recipe["data"])
+    assert run(*arguments, "--student", tmp_path / "g", "--out", tmp_path / "applied")[0] == 0
+    applied = load_model(tmp_path / "applied").state_dict()
+    assert all(torch.equal(applied[key], tensor) for key, tensor in imported.state_dict().items())
+    # what does not fit is one line
+    code, _, stderr = run(*arguments, "--out", tmp_path / "neither")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "--plan FILE or --student FOLDER" in stderr
+    recipe["plan"] = [{"replace": {"target": "mha", "layers": "all", "with": "swa"}}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    code, _, stderr = run("run", tmp_path / "recipe.yaml", "--out", tmp_path / "both")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "plan and student" in stderr
+    key, other = "y_embedder.embedding_table.weight", state("mha-mha-100p")
+    torch.save({"ema": {**other, key: torch.cat([other[key], other[key][:1]])}}, teacher)
+    code, _, stderr = run(*arguments, "--student", tmp_path / "g", "--out", tmp_path / "other")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "another architecture" in stderr
+    assert not (tmp_path / "neither").exists()
+    assert not (tmp_path / "both").exists()
 
 
 # One layout per form of a seam; damage in the others reads the same.

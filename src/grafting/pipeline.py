@@ -25,12 +25,12 @@ from grafting.evaluation.reference import FASHION_TRAIN
 from grafting.families import family_of
 from grafting.families.codec import check_latents
 from grafting.formats import weights
-from grafting.formats.graft_folder import save_graft
+from grafting.formats.graft_folder import load_graft, save_graft
 from grafting.generation import generate
 from grafting.loading import as_device, load_model, pretraining_visits
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder
-from grafting.surgery import explain, graft
+from grafting.surgery import explain, graft, record_of
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig, seeded, settings
 from grafting.training.distillation import distill
@@ -122,14 +122,27 @@ class Pipeline:
             return self._graft()
 
     def _graft(self) -> nn.Module:
-        student = graft(
-            self.teacher, self.recipe.graft_plan, seed=self.recipe.seed, locality=self.recipe.locality
-        )
-        explanation = explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
+        recipe, plan = self.recipe, self.recipe.graft_plan
+        if recipe.student is None:
+            student = graft(self.teacher, plan, seed=recipe.seed, locality=recipe.locality)
+        else:
+            student = self._saved_student()
+        explanation = explain(self.teacher, plan, recipe.locality)
         if self.run.writer:
             explanation.plan.save(self.run.path / "plan.yaml")
         self.run.save_student(student)
         self.run.finish("graft", explanation.to_dict())
+        return student
+
+    def _saved_student(self) -> nn.Module:
+        """The graft that the recipe goes on with. Raises CheckpointError, RunError (of another architecture)."""
+        student = load_graft(str(self.recipe.student), base=self.teacher, device=self.device)
+        record = record_of(student)
+        if record is None or record.architecture != family_of(self.teacher).architecture(self.teacher):
+            raise RunError(
+                f"student: the graft in {self.recipe.student!r} was made of another architecture than model "
+                f"{self.recipe.model!r}; name the model that it was made of"
+            )
         return student
 
     def student(self, share: bool = False) -> nn.Module:

@@ -9,7 +9,7 @@ import typer
 
 from grafting.cli.app import app
 from grafting.cli.common import new_console, spread
-from grafting.cli.options import Device, Dtype, Heads, Locality, Plan, Processes, Resume, Seed, Set, Source
+from grafting.cli.options import Device, Dtype, Heads, Locality, Processes, Resume, Seed, Set, Source
 
 
 @app.command()
@@ -84,19 +84,25 @@ def run(
 
 @app.command()
 def apply(
-    source: Source, plan: Plan, out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    source: Source, out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    plan: Annotated[Path | None, typer.Option(help="Plan file, YAML or JSON.")] = None,
+    student: Annotated[str | None, typer.Option(help="Folder of a graft, instead of a plan.")] = None,
     data: Annotated[str, typer.Option(help="Data of the later stages.")] = "fashion-10",
     num_heads: Heads = None, locality: Locality = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
-    """Apply a plan and leave the edited model in a run folder, ready for distill and finetune."""
+    """Make a run folder of an edited model, ready for distill and finetune: a plan applied, or a saved graft."""
+    from grafting.errors import PlanError
     from grafting.pipeline import Pipeline
     from grafting.plan import GraftPlan
     from grafting.recipes import load_recipe
     from grafting.runs import RunFolder
 
+    if (plan is None) == (student is None):
+        raise PlanError("graft apply: give --plan FILE or --student FOLDER (one of them)")
     recipe = load_recipe({
-        "name": out.name, "model": source, "num_heads": num_heads, "data": data, "seed": seed,
-        "plan": GraftPlan.load(plan).to_dict()["entries"], "locality": str(locality) if locality else None,
+        "name": out.name, "model": source, "num_heads": num_heads, "data": data, "seed": seed, "student": student,
+        "plan": GraftPlan.load(plan).to_dict()["entries"] if plan else [],
+        "locality": str(locality) if locality else None,
     })  # fmt: skip
     pipeline = Pipeline(recipe, RunFolder(out, new_console()))
     pipeline.check()

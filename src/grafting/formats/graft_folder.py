@@ -179,6 +179,11 @@ def _build(architecture: dict[str, Any]) -> nn.Module:
     return family.build(architecture)
 
 
+def plan_of_graft(folder: str | Path) -> GraftPlan:
+    """The plan of a saved graft; empty for an imported self-graft. Raises CheckpointError, PlanError."""
+    return GraftPlan.from_dict(_read_manifest(Path(folder))["plan"], allow_empty=True)
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():

@@ -61,7 +61,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     preset = data.get("preset", "grafting")
     if preset not in PRESETS:
         raise RunError(f"{where}: unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    return settings(Recipe, merged(PRESETS[preset], data), where)
+    whole = merged(PRESETS[preset], data)
+    if data.get("student") is not None and "distill" not in data:
+        whole["distill"] = None  # a saved graft has had its stage 1, unless the recipe asks for one
+    return settings(Recipe, whole, where)
 
 
 def recipe_mapping(source: str | Path) -> dict[str, Any]:

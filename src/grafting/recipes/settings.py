@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from grafting.formats.graft_folder import plan_of_graft
 from grafting.plan import GraftPlan
 from grafting.training.config import Count, DistillConfig, FinetuneConfig, Positive, Settings
 
@@ -40,6 +41,7 @@ class Recipe(Settings):
     """One experiment: everything `graft run` needs.
 
     `init` is the start of the replace entries that state none of their own; it is written into the plan.
+    The student is made by `plan`, or read from the folder `student` (an imported graft, one of another run).
     """
 
     name: str = "run"
@@ -50,7 +52,8 @@ class Recipe(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     data: str
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    plan: list[dict[str, Any]]
+    plan: list[dict[str, Any]] = []
+    student: str | None = None
     init: Literal["donor", "random"] = "donor"
     locality: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -70,15 +73,18 @@ class Recipe(Settings):
             return data
         return {**data, "plan": [_starting_at_random(entry) for entry in entries]}
 
-    @field_validator("plan")
-    @classmethod
-    def _plan_is_valid(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        GraftPlan.from_dict(value)
-        return value
+    @model_validator(mode="after")
+    def _one_way_to_the_student(self) -> Recipe:
+        if self.student is not None and self.plan:
+            raise ValueError("plan and student: give one of them; a saved graft has its plan with it")
+        if self.student is None:
+            GraftPlan.from_dict(self.plan)
+        return self
 
     @property
     def graft_plan(self) -> GraftPlan:
-        return GraftPlan.from_dict(self.plan)
+        """The plan of the recipe, or of the saved graft that it goes on with. Raises PlanError, CheckpointError."""
+        return GraftPlan.from_dict(self.plan) if self.student is None else plan_of_graft(self.student)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe in JSON types."""
