@@ -13,7 +13,7 @@ import math
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -212,6 +212,8 @@ class RunFolder:
         state["stages"][stage] = dict(result)
         self._write(state)
         shutil.rmtree(self.path / "checkpoints" / stage, ignore_errors=True)
+        with suppress(OSError):
+            (self.path / CACHE).rmdir()
 
     def bind(self, what: str, name: str, sha256: str) -> None:
         """Record what this run works on, by hash; on a later call, refuse anything else. Raises RunError."""
@@ -305,6 +307,15 @@ class RunFolder:
     def stop_requested(self) -> int | None:
         """The exit status that a signal asked for, or None."""
         return self._stop
+
+    def scratch(self) -> Path:
+        """A folder for what a stage stores while it runs; the next process clears away what a killed one left there."""
+        folder = self.path / CACHE
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"can't write {str(folder)!r}: {error.strerror or error}") from None
+        return folder
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:

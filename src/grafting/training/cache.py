@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -20,10 +21,29 @@ if TYPE_CHECKING:
     from grafting.training.distillation import _Stage
 
 
+def _stored(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A float16 array in a file. Its disk is taken at once: a write into a hole of a full disk would end the process.
+
+    Raises RunError.
+    """
+    try:
+        array: np.memmap = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise RunError(
+            f"can't store activations in {str(path)!r}: {error.strerror or error}; free some disk, lower "
+            "cache_samples, or use mode one-pass"
+        ) from None
+    return array
+
+
 class ActivationCache:
     """Inputs, outputs and gates of the sites for a fixed set of noised samples, float16, memory-mapped in a folder.
 
-    The folder is removed with the object. Per sample and site: 2 N D + D values of two bytes.
+    The folder is made in the journal's, or the system's temporary one, and removed with the object.
+    Per sample and site: 2 N D + D values of two bytes.
     """
 
     def __init__(
@@ -48,22 +68,34 @@ class ActivationCache:
         size = min(config.cache_samples, config.steps * config.batch_size)
         sites = {pupil.path: pupil.site for pupil in stage.pupils}
         per_sample = sum((2 * sites[path].num_tokens + 1) * sites[path].width * 2 for path in paths)
-        needed, free = per_sample * size, shutil.disk_usage(tempfile.gettempdir()).free
+        scratch = stage.journal.scratch() or Path(tempfile.gettempdir())
+        needed, free = per_sample * size, shutil.disk_usage(scratch).free
         limit = min(config.cache_limit_gb * 1e9, 0.9 * free)
         if needed > limit:
             raise RunError(
                 f"mode cached needs {needed / 1e9:.1f} GB on disk for {size} samples at {len(paths)} sites, the limit "
                 f"is {limit / 1e9:.1f} GB; lower cache_samples, raise cache_limit_gb, or use mode one-pass"
             )
-        folder = Path(tempfile.mkdtemp(prefix="grafting-cache-"))
+        try:
+            folder = Path(tempfile.mkdtemp(dir=scratch, prefix="grafting-cache-"))
+        except OSError as error:
+            raise RunError(f"can't write {str(scratch)!r}: {error.strerror or error}") from None
+        try:
+            return cls._fill(stage, paths, folder, size)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    @classmethod
+    def _fill(cls, stage: _Stage, paths: list[str], folder: Path, size: int) -> ActivationCache:
+        config = stage.config
+        sites = {pupil.path: pupil.site for pupil in stage.pupils}
         arrays = {}
         for number, path in enumerate(paths):
             tokens, width = sites[path].num_tokens, sites[path].width
             shapes = ((size, tokens, width), (size, tokens, width), (size, 1, width))
             triple = [
-                np.lib.format.open_memmap(
-                    folder / f"{number}-{kind}.npy", mode="w+", dtype=np.float16, shape=shape
-                )
+                _stored(folder / f"{number}-{kind}.npy", shape)
                 for kind, shape in zip(("input", "output", "gate"), shapes, strict=True)
             ]
             arrays[path] = (triple[0], triple[1], triple[2])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,7 @@ class Journal(Protocol):
     def save_checkpoint(self, stage: str, step: int, state: Mapping[str, Any], keep: int) -> None: ...
     def load_checkpoint(self, stage: str) -> dict[str, Any] | None: ...
     def stop_requested(self) -> int | None: ...
+    def scratch(self) -> Path | None: ...
 
 
 @dataclass
@@ -64,6 +66,10 @@ class Quiet:
         return None
 
     def stop_requested(self) -> int | None:
+        return None
+
+    def scratch(self) -> Path | None:
+        """A folder for what a stage stores while it runs; None: the system's temporary folder."""
         return None
 
 
