@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Triton's kernels run in its interpreter, on CPU tensors too; read when something first imports it.
+os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from grafting.errors import OperatorError
+from grafting.kernels import band
 from grafting.operators.base import AttentionDonor, Cost, Donor, Operator, assign, linear, num_params
 from grafting.operators.registry import register
 
@@ -42,12 +43,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Softmax attention of every token over the tokens at most `window` away, on both sides.
 
-    q, k, v [B, H, N, d] -> [B, H, N, d]. Queries go in blocks; a block sees its own keys and `window` on
-    either side, so time and memory are linear in N.
+    q, k, v [B, H, N, d] -> [B, H, N, d]; time and memory are linear in N.
     """
-    batch, heads, num_tokens, width = q.shape
-    if window >= num_tokens - 1:
+    if window >= q.shape[2] - 1:
         return softmax_attention(q, k, v)
+    if band.available(q):
+        return band.attention(q, k, v, window)
+    return blocked_window_attention(q, k, v, window)
+
+
+def blocked_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same with queries in blocks: a block sees its own keys and `window` on either side."""
+    batch, heads, num_tokens, width = q.shape
     block = max(16, 2 * window)
     num_blocks = -(-num_tokens // block)
     padding = num_blocks * block - num_tokens

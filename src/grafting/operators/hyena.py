@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from grafting.kernels import gated_filter
+from grafting.kernels import gates
 from grafting.operators.base import (
     AttentionDonor,
     Cost,
@@ -50,9 +50,9 @@ class Hyena(Operator):
 
     def mix(self, x: Tensor) -> Tensor:
         u = self.in_proj(x)  # [B, N, 3D]
-        fused = self.has_featurizer and not self.has_inner and gated_filter.available(u)
-        if fused and isinstance(self.short_filter, DepthwiseFilter):  # not the stacked form
-            return gated_filter.gated_filter(u, self.short_filter.weight, self.short_filter.bias)
+        filters = self._filters()
+        if filters is not None and gates.available(u, filters[0], filters[2]):
+            return gates.gates(u, *filters)
         if self.has_featurizer:
             u = self.short_filter(u)
         q, k, v = u.chunk(3, dim=-1)  # each [B, N, D]
@@ -60,6 +60,19 @@ class Hyena(Operator):
         if self.has_inner:
             gated = self.inner_filter(gated)
         return q * gated
+
+    def _filters(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None:
+        """Featurizer and inner filter, weight and bias each; None where several operators are stacked as one."""
+        found: list[Tensor | None] = []
+        for present, name in ((self.has_featurizer, "short_filter"), (self.has_inner, "inner_filter")):
+            layer = getattr(self, name) if present else None
+            if layer is None:
+                found += [None, None]
+            elif isinstance(layer, DepthwiseFilter):
+                found += [layer.weight, layer.bias]
+            else:
+                return None
+        return found[0], found[1], found[2], found[3]
 
     def cost(self, num_tokens: int) -> Cost:
         dim, taps = self.out_proj.out_features, self.kernel_size

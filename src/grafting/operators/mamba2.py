@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from grafting.errors import OperatorError
+from grafting.kernels import installed
 from grafting.operators.base import (
     AttentionDonor,
     Cost,
@@ -87,13 +88,22 @@ class Mamba2(Operator):
     def mix(self, x: Tensor) -> Tensor:
         inner, heads = self.norm.weight.shape[0], self.A_log.shape[0]
         z, xbc, dt = self.in_proj(x).split([inner, inner + 2 * self.d_state, heads], dim=-1)
-        xbc = F.silu(self.conv1d(xbc))
+        xbc = self._filtered(xbc)
         u, b, c = xbc.split([inner, self.d_state, self.d_state], dim=-1)
         u = u.unflatten(-1, (heads, self.head_dim))  # [B, N, H, P]
         dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, N, H]
-        y = ssd(u, dt, -dt * self.A_log.float().exp(), b, c, self.chunk_size)
-        y = y + u * self.D[:, None].to(u.dtype)
+        a = -self.A_log.float().exp()
+        scan = installed.scan_for(u, self.d_state)
+        if scan is not None:
+            y = scan(u, dt, a, b, c, self.D)
+        else:
+            y = ssd(u, dt, dt * a, b, c, self.chunk_size) + u * self.D[:, None].to(u.dtype)
         return self.norm(y.flatten(2), z)
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        """SiLU of the featurizer, [B, N, inner + 2 d_state]."""
+        fast = installed.filter_silu_for(x, self.conv1d.weight.shape[-1])
+        return F.silu(self.conv1d(x)) if fast is None else fast(x, self.conv1d.weight, self.conv1d.bias)
 
     def cost(self, num_tokens: int) -> Cost:
         dim, inner = self.out_proj.out_features, self.out_proj.in_features
