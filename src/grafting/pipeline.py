@@ -30,6 +30,7 @@ from grafting.generation import generate
 from grafting.loading import as_device, load_model, pretraining_visits
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder
+from grafting.runs.trackers import check_trackers
 from grafting.surgery import explain, graft, record_of
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig, seeded, settings
@@ -96,6 +97,7 @@ class Pipeline:
                 label_dropout=0.0, device=torch.device(self.device),
             )  # fmt: skip
             check_latents(self.data, self.recipe.sample.vae)
+        check_trackers(self.recipe.trackers)
         self.check_evaluation()
 
     def check_evaluation(self) -> None:

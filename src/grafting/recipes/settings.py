@@ -62,6 +62,7 @@ class Recipe(Settings):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig | None = EvaluateConfig()
     pretraining: Pretraining | None = None
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     @model_validator(mode="before")
     @classmethod

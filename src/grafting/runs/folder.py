@@ -32,6 +32,7 @@ from grafting.runs.lock import FolderLock
 from grafting.runs.machine import environment
 from grafting.runs.metrics import MetricsLog, plain_json
 from grafting.runs.status import StatusFile
+from grafting.runs.trackers import Trackers
 from grafting.training.loop import Interrupted
 from grafting.yaml_io import dump_yaml, load_yaml
 
@@ -54,6 +55,7 @@ class RunFolder:
         self._recipe: dict[str, Any] | None = None
         self._status = StatusFile(self.path)
         self._metrics = MetricsLog(self.path / "metrics.jsonl", self._num_steps)
+        self._trackers: Trackers | None = None
 
     # ---- life of the folder
 
@@ -96,6 +98,8 @@ class RunFolder:
                     f"{where!r} holds a run of another recipe (different: {', '.join(differing)}); "
                     "give another --out"
                 )
+            if existing != recipe:
+                weights.write_bytes(self.path / "recipe.yaml", dump_yaml(recipe).encode())
         if not (self.path / "run.json").exists():
             self._write({"version": VERSION, "stages": {}, "environment": environment()})
 
@@ -148,6 +152,8 @@ class RunFolder:
                 self._status.end("done")
         finally:
             self._depth -= 1
+            if not self._depth and self._trackers is not None:
+                self._trackers.close()
             if not self._depth:
                 self._lock.release()
 
@@ -162,14 +168,18 @@ class RunFolder:
 
     def _num_steps(self, stage: str) -> int | None:
         """How many steps the recipe gives to a stage, if it says so."""
+        settings = self._known_recipe().get(stage)
+        steps = settings.get("steps") if isinstance(settings, dict) else None
+        return steps if isinstance(steps, int) and steps > 0 else None
+
+    def _known_recipe(self) -> dict[str, Any]:
+        """The recipe, read once; empty where there is none."""
         if self._recipe is None:
             try:
                 self._recipe = self.recipe()
             except GraftError:
                 self._recipe = {}
-        settings = self._recipe.get(stage)
-        steps = settings.get("steps") if isinstance(settings, dict) else None
-        return steps if isinstance(steps, int) and steps > 0 else None
+        return self._recipe
 
     @classmethod
     def open(cls, path: str | Path, console: Console | None = None) -> RunFolder:
@@ -252,6 +262,16 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         if self.writer:
             self._metrics.append(record)
+            self._track(record)
+
+    def _track(self, record: Mapping[str, Any]) -> None:
+        if self._trackers is None:
+            recipe = self._known_recipe()
+            names = recipe.get("trackers") or ()
+            known = [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+            self._trackers = Trackers(known, self.path, recipe, self.console.say)
+        if self._trackers.names:
+            self._trackers.log(record)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a torn last line is left out."""
