@@ -24,11 +24,12 @@ from grafting.selectors import Locality
 from grafting.surgery import Edit, explain, graft, record_of
 
 WARM_UP = 3  # passes that are not timed: caches, choice of kernels, the allocator
+Work = Callable[[], object]
 
 
 def measure_plan(
     model: nn.Module, plan: GraftPlan | None = None, locality: Locality | None = None, *,
-    batch_size: int = 1, repeat: int = 20, seed: int = 0,
+    batch_size: int = 1, repeat: int = 20, warm_up: int = WARM_UP, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Time one forward pass without gradients before and after a plan, in turns, and its peak memory.
 
@@ -36,19 +37,24 @@ def measure_plan(
     then built with random weights, for values matter to neither figure.
     Latencies are medians in milliseconds with quartiles beside; `speedup` is before / after. `ceiling` is Amdahl's:
     the speedup if the replaced operators cost nothing at all, from their share of the FLOPs and of the measured time.
-    `operators` times one layer of each row alone. Memory is the weights and what one pass adds to them.
+    `operators` times one layer of each row alone. On the CPU `cpu_ms` are the medians of the processor time that this
+    process got, and `cpu_speedup` their ratio: on a machine shared with other work they say more than the clock.
+    warm_up: passes of each that are not timed. Memory is the weights and what the first of those adds to them.
     Raises GraftError.
     """
-    if batch_size < 1 or repeat < 1:
-        raise GraftError(f"batch_size={batch_size}, repeat={repeat}: both are at least 1")
+    if batch_size < 1 or repeat < 1 or warm_up < 1:
+        raise GraftError(f"batch_size={batch_size}, repeat={repeat}, warm_up={warm_up}: all are at least 1")
     device = next(model.parameters()).device
     if device.type == "meta":
         raise GraftError("a model on the meta device has nothing to measure; load it on a real device")
     before, after, plan = _pair(model, plan, locality, seed)
     edits = explain(before, plan, locality).edits
     passes = [_forward(m.eval(), batch_size, seed) for m in (before, after)]
-    times = time_in_turns(passes, repeat, device)
-    latency = [statistics.median(t) for t in times]
+    memory = [
+        weight_bytes(m) + peak_bytes(work, device) for m, work in zip((before, after), passes, strict=True)
+    ]
+    times, cpu = _clocks(passes, repeat, device, warm_up - 1)
+    latency, spent = ([statistics.median(t) for t in found] for found in (times, cpu))
     counted = plan_cost(before, plan, locality)
     at = [{(site.kind, site.layer): site.donor for site in family_of(m).sites(m)} for m in (before, after)]
     rows = []
@@ -58,7 +64,7 @@ def measure_plan(
             continue
         x = _tokens(edit, batch_size, seed, next(model.parameters()))
         alone = [_call(found[edit.site.kind, edit.site.layer], x) for found in at]
-        milliseconds = [statistics.median(t) for t in time_in_turns(alone, repeat, device)]
+        milliseconds = [statistics.median(t) for t in time_in_turns(alone, repeat, device, warm_up)]
         rows.append({
             "target": row["target"], "operator": row["operator"], "layers": row["layers"], "layer_ms": milliseconds
         })  # fmt: skip
@@ -72,39 +78,47 @@ def measure_plan(
         "batch_size": batch_size,
         "repeat": repeat,
         "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "latency_ms": latency,
         "quartiles_ms": [_quartiles(t) for t in times],
         "speedup": latency[0] / latency[1],
+        **({"cpu_ms": spent, "cpu_speedup": spent[0] / spent[1]} if device.type == "cpu" else {}),
         "flops_speedup": flops[0] / flops[1],
         "ceiling": {
             "flops_share": flops_share, "from_flops": amdahl(flops_share),
             "time_share": time_share, "from_time": amdahl(time_share),
         },
         "operators": rows,
-        "peak_memory_bytes": [
-            weight_bytes(m) + peak_bytes(work, device)
-            for m, work in zip((before, after), passes, strict=True)
-        ],
+        "peak_memory_bytes": memory,
         "memory": memory_source(device),
     }  # fmt: skip
 
 
 def time_in_turns(
-    works: Sequence[Callable[[], object]], repeat: int, device: torch.device
+    works: Sequence[Work], repeat: int, device: torch.device, warm_up: int = WARM_UP
 ) -> list[list[float]]:
     """Milliseconds of `repeat` calls of each of `works`, which take turns so that a busy moment hits all alike."""
+    return _clocks(works, repeat, device, warm_up)[0]
+
+
+def _clocks(
+    works: Sequence[Work], repeat: int, device: torch.device, warm_up: int
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Milliseconds by the clock, and of processor time of this process."""
     for work in works:
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             work()
     times: list[list[float]] = [[] for _ in works]
+    cpu: list[list[float]] = [[] for _ in works]
     for _ in range(repeat):
-        for work, found in zip(works, times, strict=True):
+        for number, work in enumerate(works):
             synchronize(device)
-            started = time.perf_counter()
+            started, before = time.perf_counter(), time.process_time()
             work()
             synchronize(device)
-            found.append(1e3 * (time.perf_counter() - started))
-    return times
+            times[number].append(1e3 * (time.perf_counter() - started))
+            cpu[number].append(1e3 * (time.process_time() - before))
+    return times, cpu
 
 
 def synchronize(device: torch.device) -> None:
@@ -132,7 +146,7 @@ def _pair(
 ) -> tuple[nn.Module, nn.Module, GraftPlan]:
     """The model before, after, and the plan between them."""
     if plan is not None:
-        return model, graft(model, plan, seed=seed, locality=locality), plan
+        return model, graft(model, plan, seed=seed, locality=locality, share=True), plan
     record = record_of(model)
     if record is None:
         raise GraftError("nothing to compare: this model was not edited; give a plan")
@@ -140,7 +154,7 @@ def _pair(
     return base_of(model, device=first.device).to(first.dtype), model, record.plan
 
 
-def _forward(model: nn.Module, batch_size: int, seed: int) -> Callable[[], object]:
+def _forward(model: nn.Module, batch_size: int, seed: int) -> Work:
     family, device = family_of(model), next(model.parameters()).device
     index = torch.arange(batch_size, device=device)
     x = draws.normal(seed, "latency", index, family.sample_shape(model))
@@ -154,7 +168,7 @@ def _forward(model: nn.Module, batch_size: int, seed: int) -> Callable[[], objec
     return work
 
 
-def _call(operator: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+def _call(operator: nn.Module, x: torch.Tensor) -> Work:
     def work() -> object:
         with torch.no_grad():
             return operator(x)

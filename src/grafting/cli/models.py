@@ -64,6 +64,7 @@ def cost(
     layers: Annotated[bool, typer.Option("--layers", help="Also a table of all layers (always in --json).")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="With --measure: samples in a pass.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="With --measure: timed passes of either model.")] = 20,
+    warm_up: Annotated[int, typer.Option(min=1, help="With --measure: passes that are not timed.")] = 3,
     num_heads: Heads = None, locality: Locality = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
     json_: Json = False,
 ) -> None:  # fmt: skip
@@ -79,10 +80,12 @@ def cost(
     if measure:
         if source.startswith("arch:"):
             size = weight_bytes(model) / 1e9
-            new_console().say(f"building random weights: {size:.1f} GB, and as much for the edited copy")
+            new_console().say(
+                f"building random weights: {size:.1f} GB; the edited model has those that stay in common"
+            )
         model = open_model(source, num_heads=num_heads, device=device, dtype=dtype)
         found["measured"] = measure_plan(
-            model, loaded, locality, batch_size=batch_size, repeat=repeat, seed=seed
+            model, loaded, locality, batch_size=batch_size, repeat=repeat, warm_up=warm_up, seed=seed
         )
     rows, all_layers = found["rows"], found["layers"]
     if json_:
