@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_dit
+from torch import nn
 
 from grafting import GraftPlan, Replace, cli, graft
 from grafting.analysis import estimate
@@ -61,3 +62,84 @@ def test_a_recipe_is_rehearsed_without_weights_and_data(
         cli.main()
     assert stop.value.code == 2
     assert "--set model=arch:DiT-XL/2" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def adapted() -> tuple[nn.Module, nn.Module, FinetuneConfig]:
+    """A tiny PixArt, a student that shares its weights and has adapters, and the settings of its stage 2."""
+    from pixart_tools import tiny_transformer
+
+    from grafting.lora import Lora, add_lora, lora_targets
+
+    teacher = tiny_transformer(sample_size=32)  # 256 tokens
+    student = graft(teacher, GraftPlan([Replace("mha", [1, 3], "hyena_x")]), share=True)
+    add_lora(student, Lora(rank=2, alpha=2, targets=lora_targets(student, None)))
+    return teacher, student, FinetuneConfig(steps=1, lora={"rank": 2, "alpha": 2}, num_validation=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_stage_2_with_adapters_and_shared_weights(
+    adapted: tuple[nn.Module, nn.Module, FinetuneConfig], checkpointing: bool
+) -> None:
+    from pixart_tools import captions
+
+    from grafting.families import family_of
+    from grafting.lora import is_lora
+    from grafting.surgery import edited_sites
+
+    teacher, student, config = adapted
+    config = config.model_copy(update={"gradient_checkpointing": checkpointing})
+    found = estimate.finetune_memory(
+        estimate.meta_copy(teacher), estimate.meta_copy(student), config, 3, "fp32"
+    )
+    family, new = family_of(student), tuple(f"{path}." for path in edited_sites(student))
+    trained = [p for name, p in student.named_parameters() if is_lora(name) or name.startswith(new)]
+    others = [p for name, p in student.named_parameters() if not is_lora(name) and not name.startswith(new)]
+    assert found["optimizer"] == 2 * found["average"] == 8 * sum(p.numel() for p in trained)
+    for parameter in others:
+        parameter.requires_grad_(False)
+    family.set_checkpointing(student, checkpointing)
+    x, t = torch.zeros(3, 4, 32, 32), torch.zeros(3, dtype=torch.int64)
+    cond = captions(3, tokens=300)
+
+    def work() -> None:
+        family.predict(student, x, t, cond).float().square().mean().backward()
+
+    work()
+    for parameter in trained:
+        parameter.grad = None
+    real = peak_bytes(work, torch.device("cpu"))
+    for parameter in (*trained, *others):
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    family.set_checkpointing(student, False)
+    assert found["activations and gradients"] == pytest.approx(real, rel=0.05)
+
+
+def test_what_is_shared_counts_once_and_one_graph_at_a_time_takes_less(
+    adapted: tuple[nn.Module, nn.Module, FinetuneConfig],
+) -> None:
+    from grafting.training.config import DistillConfig
+
+    teacher = estimate.meta_copy(adapted[0])
+    plan = GraftPlan([Replace("mha", "all", "hyena_x")])
+    student, config = graft(teacher, plan, share=True), DistillConfig(steps=1, batch_size=4, micro_batch=2)
+    assert [estimate.samples_per_pass(config, n) for n in (1, 2, 4)] == [2, 2, 1]
+    one, all_ = (
+        estimate.distill_memory(teacher, student, config, 2, "fp32", at_once=at_once)
+        for at_once in (False, True)
+    )
+    new = sum(p.numel() for path in edited_paths(student) for p in student.get_submodule(path).parameters())
+    assert one["weights"] == weight_bytes(teacher) + 4 * new
+    # Of 4 equal operators, what 3 graphs hold beside the one: at least q, k and v, [2, 256, 32] each.
+    grown = all_["activations and gradients"] - one["activations and gradients"]
+    assert grown > 3 * 3 * 2 * 256 * 32 * 4
+    assert {k: v for k, v in one.items() if "activ" not in k and k != "total"} == {
+        k: v for k, v in all_.items() if "activ" not in k and k != "total"
+    }
+
+
+def edited_paths(student: nn.Module) -> list[str]:
+    from grafting.surgery import edited_sites
+
+    return list(edited_sites(student))

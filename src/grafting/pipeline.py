@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from grafting.analysis.estimate import meta_copy
+from grafting.analysis.memory import StagePeak, gigabytes
 from grafting.console import Console
 from grafting.data import DataSource, load_dataset
 from grafting.data.text import CaptionDataset, CaptionSource
@@ -180,8 +182,12 @@ class Pipeline:
         with self.run.writing(stage):
             self.run.bind("data", self.data.name, self.data.content_hash)
             student = self.student(share=self._leaves_the_rest(stage))
+            expected, peak = self._expect(stage), StagePeak(self.compute.device)
             with self.run.stoppable():
                 result = work(student).to_dict()
+            found = peak.bytes()
+            result["memory"] = {"estimated_bytes": expected, "peak_bytes": found, "source": peak.source}
+            self.run.console.say(f"{stage}: peak memory {gigabytes(found)} ({peak.source})")
             result |= self.share_of_pretraining(result["flops"])
             self.run.save_student(student)
             if stage == "distill" and self.keep_stage_1 and self.run.writer:
@@ -191,6 +197,25 @@ class Pipeline:
         if code is not None:  # it came after the last step
             raise Interrupted(code, result["steps"])
         return result
+
+    def _expect(self, stage: str) -> int | None:
+        """Say what memory a stage will take; bytes, or None where it can't be counted."""
+        from grafting.needs import stage_memory
+
+        plan = explain(self.teacher, self.recipe.graft_plan, self.recipe.locality).plan
+        if plan.groups or plan.pruned:
+            return None
+        config = (self.recipe.distill if stage == "distill" else self.recipe.finetune) or DistillConfig()
+        precision = make_compute(self.compute.device, config.precision).precision
+        try:
+            parts = stage_memory(
+                self.recipe, stage, meta_copy(self.teacher), plan, precision, self.compute.world
+            )
+        except Exception:  # an operator whose kernels can't be run without values: no reason not to run
+            return None
+        said = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if name != "total")
+        self.run.console.say(f"{stage}: needs about {gigabytes(parts['total'])} of memory ({said})")
+        return parts["total"]
 
     def share_of_pretraining(self, flops: float) -> dict[str, Any]:
         """The cost of a stage against the teacher's pretraining (3 passes a visit), where that is known."""

@@ -5,7 +5,7 @@ Works without weights: a model that is not here is taken as its architecture, if
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch import nn
 from grafting.analysis import estimate, pace
 from grafting.analysis.costs import plan_cost
 from grafting.analysis.latency import device_name
+from grafting.analysis.memory import gigabytes, weight_bytes
 from grafting.errors import CheckpointError, DataError
 from grafting.evaluation.reference import FASHION_TRAIN
 from grafting.families import family_of
 from grafting.families.codec import check_latents
 from grafting.loading import is_here, load_model
+from grafting.lora import is_lora
+from grafting.needs import stage_memory, student_of
 from grafting.pipeline import Pipeline
 from grafting.plan import GraftPlan
 from grafting.recipes import Recipe
@@ -54,16 +57,15 @@ def rehearse(pipeline: Pipeline, *, processes: int = 1) -> dict[str, Any]:
     _check_evaluation(pipeline, missing)
     device = torch.device(pipeline.device)
     bare = estimate.meta_copy(teacher)
-    student = graft(bare, explanation.plan)
     notes: list[str] = []
     stages: dict[str, Any] = {}
     disk: dict[str, int] = {}
-    if unknown := _not_counted(recipe, explanation.plan):
+    if unknown := _not_counted(explanation.plan):
         notes.append(f"memory, time and disk are not estimated for {unknown} yet")
     else:
         try:
-            stages = _stages(recipe, bare, student, device, processes)
-            disk = _disk(recipe, bare, student)
+            stages = _stages(recipe, bare, explanation.plan, device, processes)
+            disk = _disk(recipe, bare, explanation.plan)
         except Exception as error:  # an operator whose kernels can't be run without values
             first = next(iter(str(error).splitlines()), "")[:160]
             notes.append(f"memory, time and disk are not estimated: {type(error).__name__}: {first}")
@@ -83,13 +85,9 @@ def rehearse(pipeline: Pipeline, *, processes: int = 1) -> dict[str, Any]:
     }
 
 
-def _not_counted(recipe: Recipe, plan: GraftPlan) -> str | None:
+def _not_counted(plan: GraftPlan) -> str | None:
     """What of a recipe the estimate does not know."""
-    if plan.groups or plan.pruned:
-        return "groups of blocks and pruned blocks"
-    if recipe.finetune is not None and getattr(recipe.finetune, "lora", None) is not None:
-        return "LoRA"
-    return None
+    return "groups of blocks and pruned blocks" if plan.groups or plan.pruned else None
 
 
 def _teacher(pipeline: Pipeline, missing: list[str]) -> nn.Module:
@@ -143,43 +141,43 @@ def _check_evaluation(pipeline: Pipeline, missing: list[str]) -> None:
 
 
 def _stages(
-    recipe: Recipe, teacher: nn.Module, student: nn.Module, device: torch.device, processes: int
+    recipe: Recipe, teacher: nn.Module, plan: GraftPlan, device: torch.device, processes: int
 ) -> dict[str, Any]:
     """Memory and seconds of each stage that the recipe has."""
     found: dict[str, Any] = {}
     dtype = next(teacher.parameters()).dtype
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype
-    teacher, student = teacher.to(dtype), student.to(dtype)
+    teacher = teacher.to(dtype)
+    student = graft(teacher, plan)
     watches: dict[str, pace.Stopwatch] = {}
 
-    def watch(precision: str, batch_size: int) -> pace.Stopwatch:
-        return watches.setdefault(precision, pace.Stopwatch(device, precision, dtype, batch_size))
+    def note(stage: str, given: str, size: int, seconds: Callable[[pace.Stopwatch], float]) -> None:
+        precision = make_compute(device, given).precision
+        watch = watches.setdefault(precision, pace.Stopwatch(device, precision, dtype, size))
+        memory = stage_memory(recipe, stage, teacher, plan, precision, processes)
+        found[stage] = {"memory": memory, "seconds": seconds(watch), "precision": precision}
 
-    if recipe.distill is not None and len(recipe.graft_plan):
-        config, share = recipe.distill, -(-recipe.distill.batch_size // processes)
-        precision = make_compute(device, config.precision).precision
-        memory = estimate.distill_memory(teacher, student, config, share, precision)
-        seconds = pace.distill_seconds(watch(precision, share), teacher, student, config, processes)
-        found["distill"] = {"memory": memory, "seconds": seconds, "precision": precision}
-    if recipe.finetune is not None:
-        tune, share = recipe.finetune, -(-recipe.finetune.batch_size // processes)
-        precision = make_compute(device, tune.precision).precision
-        memory = estimate.finetune_memory(teacher, student, tune, share, precision)
-        seconds = pace.finetune_seconds(watch(precision, share), teacher, student, tune, processes)
-        found["finetune"] = {"memory": memory, "seconds": seconds, "precision": precision}
+    if (first := recipe.distill) is not None and len(recipe.graft_plan):
+        size = estimate.samples_per_pass(first, processes)
+        note("distill", first.precision, size,
+             lambda watch: pace.distill_seconds(watch, teacher, student, first, processes))  # fmt: skip
+    if (second := recipe.finetune) is not None:
+        size = estimate.samples_per_pass(second, processes)
+        adapted = student_of(recipe, "finetune", teacher, plan)
+        adapters = sum(p.numel() for name, p in adapted.named_parameters() if is_lora(name))
+        note("finetune", second.precision, size,
+             lambda watch: pace.finetune_seconds(watch, teacher, student, second, processes, adapters))  # fmt: skip
     draw = recipe.sample
-    precision = make_compute(device, draw.precision).precision
-    size = min(draw.num, draw.batch_size)
-    seconds = pace.sample_seconds(
-        watch(precision, size), teacher, student, num=draw.num, steps=draw.steps, guidance=draw.guidance
-    )
-    memory = estimate.sample_memory(teacher, student, size, draw.guidance, precision)
-    found["sample"] = {"memory": memory, "seconds": seconds, "precision": precision}
+    note("sample", draw.precision, min(draw.num, draw.batch_size), lambda watch: pace.sample_seconds(
+        watch, teacher, student, num=draw.num, steps=draw.steps, guidance=draw.guidance
+    ))  # fmt: skip
     return found
 
 
-def _disk(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> dict[str, int]:
+def _disk(recipe: Recipe, teacher: nn.Module, plan: GraftPlan) -> dict[str, int]:
     """Bytes that the run folder and its temporary files take at most."""
+    student = student_of(recipe, "finetune", teacher, plan)
+    own = weight_bytes(teacher, student) - weight_bytes(teacher)  # what a graft folder holds
     checkpoints = [
         (config.keep_checkpoints + 1) * estimate.checkpoint_bytes(student, config)
         for config in (recipe.distill, recipe.finetune)
@@ -189,7 +187,7 @@ def _disk(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> dict[str, i
     pixels = 3 * height * width * VAE_SIDE**2 if channels == 4 else channels * height * width
     return {
         "checkpoints": max(checkpoints, default=0),
-        "graft": estimate.weight_bytes(student),
+        "graft": own,
         "samples": 2 * recipe.sample.num * pixels,
         "activations": estimate.cache_bytes(student, recipe.distill) if recipe.distill else 0,
     }
@@ -226,27 +224,34 @@ def in_words(found: Mapping[str, Any]) -> Iterator[str]:
     device = found["device"]
     memory = device["memory_bytes"]
     yield (
-        f"estimate for {device['name']}{f', {_gb(memory)} of memory' if memory else ''}"
+        f"estimate for {device['name']}{f', {gigabytes(memory)} of memory' if memory else ''}"
         f"{f', each of {n} processes' if (n := device['processes']) > 1 else ''}:"
     )
     for stage, needs in found["stages"].items():
         total = needs["memory"]["total"]
-        parts = ", ".join(f"{name} {_gb(size)}" for name, size in needs["memory"].items() if name != "total")
-        yield f"  {stage} ({needs['precision']}): {_duration(needs['seconds'])}, {_gb(total)} ({parts})"
+        parts = ", ".join(
+            f"{name} {gigabytes(size)}" for name, size in needs["memory"].items() if name != "total"
+        )
+        yield f"  {stage} ({needs['precision']}): {_duration(needs['seconds'])}, {gigabytes(total)} ({parts})"
         if memory and total > memory:
-            yield f"  {stage} does not fit: lower {stage}.batch_size, or spread it over --processes"
+            yield f"  {stage} does not fit: {_remedy(stage)}"
     if not found["stages"]:
         yield "  none"
     disk = found["disk_bytes"]
     if disk:
-        yield f"  disk: {_gb(sum(disk.values()))} ({', '.join(f'{k} {_gb(v)}' for k, v in disk.items() if v)})"
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in disk.items() if size)
+        yield f"  disk: {gigabytes(sum(disk.values()))} ({parts})"
     yield "  not in it: loading, checkpoints, decoding latents, measuring samples, the data in memory"
     for note in found["notes"]:
         yield f"note: {note}"
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def _remedy(stage: str) -> str:
+    if stage == "sample":
+        return "lower sample.batch_size"
+    return f"lower {stage}.micro_batch (samples of a pass)" + (
+        ", or say gradient_checkpointing: true or lora" if stage == "finetune" else ""
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """What a run will need, before it runs: memory by accounting, time from a few passes timed on the device.
 
-Memory: the stages' own tensors are counted on stand-ins that allocate and compute nothing, at the real batch size and
-precision. Time: each kind of operator is timed alone, forward and backward, and the stages are put together from
+Memory: the stages' own tensors are counted on stand-ins that allocate and compute nothing, at the real size of a pass
+and precision. Time: each kind of operator is timed alone, forward and backward, and the stages are put together from
 that. Both are estimates; docs/costs.md compares them with runs. Axes: B batch, N tokens, D width.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from grafting import operators
 from grafting.analysis.memory import LiveBytes, weight_bytes
 from grafting.families import Site, family_of
+from grafting.lora import is_lora, lora_of
 from grafting.surgery import edited_sites
 from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
 from grafting.training.finetuning import trained_parameters
@@ -32,26 +33,43 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def samples_per_pass(config: Optimization, processes: int = 1) -> int:
+    """How many samples a process computes at once in a stage of these settings."""
+    share = -(-config.batch_size // processes)
+    return min(config.micro_batch or share, share)
+
+
 def distill_memory(
-    teacher: nn.Module, student: nn.Module, config: DistillConfig, batch_size: int, precision: str
-) -> dict[str, int]:
-    """Bytes of stage 1 at its peak, by what they hold. Models on the meta device; `batch_size` of one process."""
+    teacher: nn.Module, student: nn.Module, config: DistillConfig, batch_size: int, precision: str, *,
+    at_once: bool = False,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of stage 1 at its peak, by what they hold. Models on the meta device; `batch_size` of one pass.
+
+    Tensors that the student shares with the teacher count once. at_once: as if the graphs of all operators were
+    alive together and went backward as one, which stage 1 does not do.
+    """
     sites = {path: found for path, found in edited_sites(student).items() if found[1].train}
     paths = list(sites)
     new = [p for site, _ in sites.values() for p in site.donor.parameters()]
-    held = config.num_validation * 3 * _numel(family_of(teacher).sample_shape(teacher)) * 4
+    held = config.num_validation * _sample_bytes(teacher)
 
     def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
         with _autocast(precision):
             taps = family_of(teacher).taps(teacher, x, t, cond, paths)
+        losses = []
         for path in paths:
             tap = taps.pop(path)
             with _autocast(precision):
                 loss = (student.get_submodule(path)(tap.input).float() - tap.output.float()).abs().mean()
-            loss.backward()
+            if at_once:
+                losses.append(loss)
+            else:
+                loss.backward()
+        if at_once:
+            torch.stack(losses).sum().backward()
 
     return _with_total({
-        "weights": weight_bytes(teacher) + weight_bytes(student),
+        "weights": weight_bytes(teacher, student),
         "optimizer": _optimizer_bytes(student, new, config),
         "best so far and held-out batches": (_bytes(new) if config.keep_best else 0) + held,
         "activations and gradients": _peak(step, teacher, student, set(map(id, new)), batch_size),
@@ -61,14 +79,19 @@ def distill_memory(
 def finetune_memory(
     teacher: nn.Module, student: nn.Module, config: FinetuneConfig, batch_size: int, precision: str
 ) -> dict[str, int]:
-    """Bytes of stage 2 at its peak, by what they hold. Models on the meta device; `batch_size` of one process."""
+    """Bytes of stage 2 at its peak, by what they hold. Models on the meta device; `batch_size` of one pass.
+
+    A student with LoRA adapters trains those and its new operators.
+    """
     family = family_of(student)
-    trained = list(trained_parameters(family, student, config.train).values())
+    trained = _trained(student, config)
     weights = {str(name): weight for name, weight in config.objectives.items()}
     features, output = weights.get("features", 0) > 0, weights.get("output", 0) > 0
-    layers = tuple(range(family.num_layers(student))) if features else ()
+    layers = family.feature_layers(student) if features else ()
 
     def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
+        if config.gradient_checkpointing:
+            family.set_checkpointing(student, True)
         with _autocast(precision):
             wanted: Any = None
             with torch.no_grad():
@@ -81,9 +104,10 @@ def finetune_memory(
         loss.backward()
 
     return _with_total({
-        "weights": weight_bytes(teacher) + weight_bytes(student),
+        "weights": weight_bytes(teacher, student),
         "optimizer": _optimizer_bytes(student, trained, config),
         "average": sum(p.numel() * max(4, p.element_size()) for p in trained),
+        "held-out batches": config.num_validation * _sample_bytes(student),
         "activations and gradients": _peak(step, teacher, student, set(map(id, trained)), batch_size),
     })  # fmt: skip
 
@@ -102,7 +126,7 @@ def sample_memory(
                 family.predict_guided(student, x, t, cond, guidance)
 
     return _with_total({
-        "weights": weight_bytes(teacher) + weight_bytes(student),
+        "weights": weight_bytes(teacher, student),
         "activations": _peak(step, teacher, student, set(), batch_size),
     })  # fmt: skip
 
@@ -112,8 +136,7 @@ def checkpoint_bytes(student: nn.Module, config: Optimization) -> int:
     if isinstance(config, DistillConfig):
         new = [p for site, e in edited_sites(student).values() if e.train for p in site.donor.parameters()]
         return _bytes(new) * (2 if config.keep_best else 1) + _optimizer_bytes(student, new, config)
-    train = config.train if isinstance(config, FinetuneConfig) else "all"
-    trained = list(trained_parameters(family_of(student), student, train).values())
+    trained = _trained(student, config)
     average = sum(p.numel() * max(4, p.element_size()) for p in trained)
     return _bytes(trained) + average + _optimizer_bytes(student, trained, config)
 
@@ -170,6 +193,22 @@ def _autocast(precision: str) -> Iterator[None]:
 
 
 # ---- accounting
+
+
+def _trained(student: nn.Module, config: Optimization) -> list[nn.Parameter]:
+    """What stage 2 trains."""
+    what = config.train if isinstance(config, FinetuneConfig) else "all"
+    found = trained_parameters(family_of(student), student, "operators" if lora_of(student) else what)
+    found |= {name: p for name, p in student.named_parameters() if is_lora(name)}
+    return list(found.values())
+
+
+def _sample_bytes(model: nn.Module) -> int:
+    """Of one held-out sample: x0, x_t and noise, and what it is conditioned on."""
+    family = family_of(model)
+    condition = family.example_condition(model, 1)
+    parts = condition if isinstance(condition, tuple) else (condition,)
+    return 3 * 4 * _numel(family.sample_shape(model)) + sum(part.nbytes for part in parts)
 
 
 def _optimizer_bytes(model: nn.Module, parameters: list[nn.Parameter], config: Optimization) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +70,45 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return tracked.peak
 
 
+class StagePeak:
+    """The most memory that a stage took, from when this was made: of the device on CUDA, of the process elsewhere.
+
+    `source` says in words which. On the CPU it is the resident set with Python and all libraries; where the system
+    can't forget an earlier peak (only Linux can), it is the most since the process began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.source = "torch.cuda.max_memory_allocated"
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.source = "resident set of the process"
+        except OSError:
+            self.source = "resident set of the process since it began"
+
+    def bytes(self) -> int:
+        """Bytes at the peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        except (OSError, StopIteration, ValueError):
+            import resource
+
+            scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, kilobytes here
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def memory_source(device: torch.device) -> str:
     """In words, where the figures of `peak_bytes` come from on this device."""
     if device.type == "cuda":
@@ -75,10 +116,10 @@ def memory_source(device: torch.device) -> str:
     return "live bytes of tensors; what a kernel allocates inside of itself is not counted"
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers of a model; shared ones once."""
+def weight_bytes(*models: nn.Module) -> int:
+    """Bytes of all parameters and buffers of models; shared ones once."""
     seen = {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-            for t in (*model.parameters(), *model.buffers())}  # fmt: skip
+            for model in models for t in (*model.parameters(), *model.buffers())}  # fmt: skip
     return sum(seen.values())
 
 

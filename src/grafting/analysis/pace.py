@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grafting import operators
 from grafting.analysis.latency import synchronize
 from grafting.families import Site, family_of
 from grafting.surgery import edited_sites
@@ -25,6 +26,7 @@ from grafting.training.finetuning import trained_parameters
 from grafting.training.loop import EMA
 from grafting.training.optimizers import make_optimizer
 
+LARGE, FEWER = 2e11, 1024  # FLOPs of a pass above which a CPU is timed on fewer tokens, and how many
 ENOUGH = 0.05  # seconds that a timed pass should take; its batch grows until then
 REPEATS = 3
 
@@ -61,19 +63,23 @@ class Stopwatch:
     _paces: dict[tuple[Any, ...], Pace] = field(default_factory=dict)
     _update: dict[str, float] = field(default_factory=dict)
 
-    def of(self, site: Site) -> Pace:
-        """The pace of the operator at a site."""
+    def of(self, site: Site, frozen: bool = False) -> Pace:
+        """The pace of the operator at a site; frozen: its backward pass gives the gradient of its input alone."""
         shapes = tuple(tuple(p.shape) for p in site.donor.parameters())
-        key = (site.operator, str(site.donor), shapes, site.num_tokens, site.width)
+        key = (site.operator, str(site.donor), shapes, site.num_tokens, site.width, frozen)
         if key not in self._paces:
-            self._paces[key] = self._measure(site)
+            self._paces[key] = self._measure(site, frozen)
         return self._paces[key]
 
-    def model(self, model: nn.Module, up_to: int | None = None) -> Pace:
-        """The pace of a whole model, or of its blocks up to one (inclusive). What is not at a site goes by FLOPs."""
+    def model(self, model: nn.Module, up_to: int | None = None, frozen: bool = False) -> Pace:
+        """The pace of a whole model, or of its blocks up to one (inclusive). What is not at a site goes by FLOPs.
+
+        frozen: with gradients of what a plan put into it only.
+        """
         family = family_of(model)
         sites = [s for s in family.sites(model) if up_to is None or s.layer <= up_to]
-        paces = [self.of(site) for site in sites]
+        edited = edited_sites(model)
+        paces = [self.of(site, frozen and site.path not in edited) for site in sites]
         here = Pace(sum(p.forward for p in paces), sum(p.both for p in paces))
         counted = sum(s.cost.total for s in sites)
         rest = family.flops_per_image(model) - sum(s.cost.total for s in family.sites(model))
@@ -101,8 +107,10 @@ class Stopwatch:
             self._update[key] = self._time(step) / sum(p.numel() for p in parameters)
         return self._update[key]
 
-    def _measure(self, site: Site) -> Pace:
+    def _measure(self, site: Site, frozen: bool) -> Pace:
         branch = _Branch(_materialized(site.donor, self.device, self.dtype), site.width)
+        branch.requires_grad_(not frozen)
+        tokens, more = self._tokens(site)
         compute = make_compute(self.device, self.precision)
 
         def forward(x: Tensor, c: Tensor) -> None:
@@ -116,13 +124,26 @@ class Stopwatch:
             for p in branch.parameters():
                 p.grad = None
 
-        return Pace(self._per_image(forward, site), self._per_image(both, site))
+        return Pace(*(more * self._per_image(work, tokens, site.width) for work in (forward, both)))
 
-    def _per_image(self, work: Callable[[Tensor, Tensor], None], site: Site) -> float:
+    def _tokens(self, site: Site) -> tuple[int, float]:
+        """How many tokens to time an operator on, and how many times as much work all of them are."""
+        if self.device.type != "cpu" or site.cost.total < LARGE or site.num_tokens <= FEWER:
+            return site.num_tokens, 1.0
+        share, cost = FEWER / site.num_tokens, site.cost
+        if isinstance(site.donor, operators.Operator):
+            if getattr(site.donor, "num_tokens", None) is not None:  # tied to its number of tokens
+                return site.num_tokens, 1.0
+            less = operators.cost_of(site.donor, num_tokens=FEWER, dim=site.width).total
+        else:  # attention goes by the square of the tokens, its projections and MLPs by their number
+            less = cost.operator * (share**2 if site.kind == "mha" else share) + cost.featurizer * share
+        return FEWER, cost.total / less
+
+    def _per_image(self, work: Callable[[Tensor, Tensor], None], tokens: int, width: int) -> float:
         size = 1
         while True:
-            x = torch.randn(size, site.num_tokens, site.width, device=self.device, dtype=self.dtype)
-            c = torch.randn(size, 1, site.width, device=self.device, dtype=self.dtype)
+            x = torch.randn(size, tokens, width, device=self.device, dtype=self.dtype)
+            c = torch.randn(size, 1, width, device=self.device, dtype=self.dtype)
             x.requires_grad_(torch.is_grad_enabled())
             work(x, c)
             seconds = self._time(lambda x=x, c=c: work(x, c))  # type: ignore[misc]
@@ -160,15 +181,20 @@ def distill_seconds(
 
 
 def finetune_seconds(
-    watch: Stopwatch, teacher: nn.Module, student: nn.Module, config: FinetuneConfig, processes: int = 1
-) -> float:
-    """Seconds of stage 2: steps and validations."""
-    family = family_of(student)
-    pace = watch.model(student)
+    watch: Stopwatch, teacher: nn.Module, student: nn.Module, config: FinetuneConfig, processes: int = 1,
+    adapters: int = 0,
+) -> float:  # fmt: skip
+    """Seconds of stage 2: steps and validations. adapters: LoRA's parameters, which the student does not have here."""
+    family, lora = family_of(student), config.lora is not None
+    what = "operators" if lora else config.train
+    pace = watch.model(student, frozen=what == "operators")
     weights = {str(name): weight for name, weight in config.objectives.items()}
     matched = weights.get("output", 0) > 0 or weights.get("features", 0) > 0
-    passes = pace.both + (watch.model(teacher).forward if matched else 0.0)
-    params = sum(p.numel() for p in trained_parameters(family, student, config.train).values())
+    again = pace.forward if config.gradient_checkpointing else 0.0
+    tokens = family.sites(student)[0].num_tokens
+    more = 1 + 2.0 * tokens * adapters / family.flops_per_image(student)  # what the adapters add to a pass
+    passes = (pace.both + again) * more + (watch.model(teacher).forward if matched else 0.0)
+    params = adapters + sum(p.numel() for p in trained_parameters(family, student, what).values())
     update = params * watch.update(family.sites(student)[0], config, True)
     held_out = config.num_validation * (config.steps / config.validate_every + 1)
     return config.steps * (passes * config.batch_size / processes + update) + held_out * pace.forward
