@@ -52,7 +52,11 @@ def stage_one(run: RunRecord) -> Html:
         )
         plots = []
         if loss:
-            caption = f"Training loss ({_loss_name(run, members)}), mean of the steps since the point before."
+            jumps = sorted({line.x[i] for line in loss for i in line.marks})
+            caption = (
+                f"Training loss ({_loss_name(run, members)}), mean of the steps since the point before. "
+                f"{_spike_words(range(len(jumps)), jumps)}"
+            )
             plots.append(_curves(loss, "training loss", caption, log_y=True))
         if held:
             caption = "Held-out error: mean |student − donor| over mean |donor|, on the donor's own inputs."
@@ -222,7 +226,7 @@ def _per_path(
     for path in paths:
         x, y = points_of([(step, values.get(path)) for step, values in records])
         if y:
-            found.append(Series(path, x, y, colors[path], dots=dots))
+            found.append(Series(path, x, y, colors[path], dots=dots, marks=[] if dots else spikes(y)))
     return found
 
 
