@@ -42,8 +42,16 @@ def each(function: Callable[..., Tensor], *conditions: Any) -> Any:
 
 def move(condition: Any, device: torch.device | str) -> Any:
     """The conditioning on a device; an accelerator is not waited for."""
-    ahead = torch.device(device).type != "cpu"  # copies to the CPU have to be complete
-    return each(lambda tensor: tensor.to(device, non_blocking=ahead), condition)
+    kind = torch.device(device).type
+
+    def moved(tensor: Tensor) -> Tensor:
+        if (
+            kind == "cuda" and tensor.device.type == "cpu"
+        ):  # from other memory the copy would wait for the device
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=kind != "cpu")  # copies to the CPU have to be complete
+
+    return each(moved, condition)
 
 
 def take(condition: Any, rows: Tensor | slice) -> Any:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from grafting.evaluation import SampleWriter
 from grafting.families import family_of
 from grafting.families.codec import decoder
 from grafting.formats.weights import write_bytes
+from grafting.training.acceleration import compiled
 from grafting.training.compute import Compute, make_compute
 
 Progress = Callable[[int, int], None]
@@ -42,6 +43,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 100,
     precision: str = "fp32",
+    compile: bool | Literal["auto"] = "auto",
     vae: str | None = None,
     captions: CaptionSource | None = None,
     describe: dict[str, Any] | None = None,
@@ -99,16 +101,17 @@ def generate(
         return decode(x0)
 
     images = _in_order(batches, draw, compute)
-    if not compute.is_main:
-        for _ in images:
-            pass
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GraftError(f"can't write {str(path)!r}: {error.strerror}; give another place") from None
     sheet: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(compiled(family.compilable(model), compile, device))
+        if not compute.is_main:
+            for _ in images:
+                pass
+            return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GraftError(f"can't write {str(path)!r}: {error.strerror}; give another place") from None
         writer: SampleWriter | None = None
         for number, drawn in enumerate(images):
             if writer is None:

@@ -209,6 +209,10 @@ class Family(ABC):
                 f"the family '{self.name}' has no gradient checkpointing; use a smaller micro_batch"
             )
 
+    def compilable(self, model: nn.Module, *, tapped: bool = False) -> list[nn.Module]:
+        """The modules that torch.compile may take one by one; `tapped`: also where `taps` is called."""
+        return [model.get_submodule(path) for path in self.block_paths(model)]
+
     def resized(self, model: nn.Module, height: int, width: int) -> nn.Module:
         """The same model, weights shared, whose sites are for samples of another size, where it can take one."""
         expected = self.sample_shape(model)

@@ -125,6 +125,10 @@ class PixArtFamily(Family):
     def sample_shape(self, model: nn.Module) -> tuple[int, int, int]:
         return (_config(model).in_channels, *_latent_size(model))
 
+    def compilable(self, model: nn.Module, *, tapped: bool = False) -> list[nn.Module]:
+        """All blocks; none where taps are taken: they hang on hooks, which a compiled block does not see."""
+        return [] if tapped else super().compilable(model)
+
     def resized(self, model: nn.Module, height: int, width: int) -> nn.Module:
         if (height, width) == _latent_size(model):
             return model

@@ -21,6 +21,7 @@ class SampleConfig(Settings):
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.5
     batch_size: Count = 100
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    compile: bool | Literal["auto"] = "auto"
     vae: str | None = None
 
 

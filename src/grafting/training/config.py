@@ -45,6 +45,7 @@ class Optimization(Settings):
     clip: Positive = 10.0
     label_dropout: Fraction = 0.1
     precision: Precision = "auto"
+    compile: bool | Literal["auto"] = "auto"  # blocks by torch.compile; auto: on CUDA
     num_validation: Annotated[int, Field(ge=0)] = 256
     validate_every: Count = 50
     checkpoint_every: Count = 100
@@ -70,8 +71,18 @@ class DistillConfig(Optimization):
         4  # validations without progress after which an operator rests; 0: never
     )
     early_stop_tolerance: Fraction = 1e-3
+    reuse: Count = 1  # updates per teacher pass
+    reuse_passes: Count = 4  # how many passes are held for that
     cache_samples: Count = 8000  # mode cached: how many stored activations
     cache_limit_gb: Positive = 50.0  # mode cached: refuse to fill more disk than this
+
+    @model_validator(mode="after")
+    def _one_store(self) -> DistillConfig:
+        if self.reuse > 1 and self.mode == "cached":
+            raise ValueError(
+                "mode cached stores all teacher passes already: give reuse: 1, or mode: one-pass"
+            )
+        return self
 
 
 class LoraConfig(Settings):

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from grafting import operators
 from grafting.data import DataSource
 from grafting.depth import open_groups, randomly_merged
-from grafting.errors import DivergedError, PlanError
+from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family, Site, Tap
 from grafting.models.groups import BlockGroup
 from grafting.plan import Parallelize, Replace
 from grafting.surgery import edited_groups, edited_sites, make_operator, record_of
+from grafting.training.acceleration import compiled, frozen_copy
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import DEFAULT_LOSSES, DistillConfig, settings
@@ -49,6 +50,7 @@ from grafting.training.loop import (
 )
 from grafting.training.loss_choice import settle_losses
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
+from grafting.training.reuse import ReusedTaps
 
 STAGE = "distill"
 _LOSSES = {
@@ -141,7 +143,13 @@ class _Stage:
         compute: Compute, journal: Journal,
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
+        self.reference = frozen_copy(teacher, compute)  # for taps; self.teacher has the donors
         self.config, self.compute, self.journal = config, compute, journal
+        if config.reuse > 1 and compute.world > 1:
+            raise RunError(
+                f"distill.reuse={config.reuse} works in one process: several would reuse samples of their own, and the "
+                "result would depend on their number; give reuse: 1, or run stage 1 in one process"
+            )
         self.seed = config.seed or 0
         if not edited_sites(student) and not edited_groups(student):
             raise PlanError(
@@ -151,6 +159,7 @@ class _Stage:
         # An operator learns on its own, so its group must not hold its weights among others.
         self.opened = open_groups(family, student, {site.layer for site, _ in edited_sites(student).values()})
         self.pupils = self._pupils()
+        self.reused: ReusedTaps | None = None
         self.bad = BadSteps(compute.device)
         train, validation = split(data, config.num_validation, self.seed)
         self.batches = Batches(
@@ -190,8 +199,11 @@ class _Stage:
 
     def run(self) -> DistillResult:
         """Train, and leave the student as it runs best."""
+        blocks = self.family.compilable(self.reference, tapped=True)
+        pupils = [pupil.operator for pupil in self.pupils if isinstance(pupil.entry, Replace)]
         try:
-            return self._run()
+            with compiled([*blocks, *pupils], self.config.compile, self.compute.device):
+                return self._run()
         finally:
             for group in self.opened:
                 group.stack()
@@ -212,6 +224,12 @@ class _Stage:
         cache = None
         if config.mode == "cached":
             cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
+        if config.reuse > 1:
+            self.reused = ReusedTaps(
+                lambda index, paths: self.taps(self.batches.at(index), paths), [pupil.path for pupil in pupils],
+                seed=self.seed, batch_size=config.batch_size, micro_batch=config.micro_batch, reuse=config.reuse,
+                passes=config.reuse_passes,
+            )  # fmt: skip
         clock = Clock(first, config.steps)
         losses: dict[str, list[Tensor]] = {
             path: [loss.to(self.compute.device) * self.compute.is_main for loss in values]  # they are summed
@@ -264,7 +282,7 @@ class _Stage:
     def taps(self, batch: Batch, paths: list[str]) -> dict[str, Tap]:
         """The teacher's taps on one batch."""
         with self.compute.autocast():
-            return self.family.taps(self.teacher, batch.x_t, batch.t, batch.cond, paths)
+            return self.family.taps(self.reference, batch.x_t, batch.t, batch.cond, paths)
 
     def _update(
         self, step: int, active: list[_Pupil], optimizer: Optimizers, cache: ActivationCache | None
@@ -274,10 +292,13 @@ class _Stage:
         index = step_index(step, config.batch_size)
         found: dict[str, Tensor] = {}
         for part, weight in compute.parts(index, config.micro_batch):
-            if cache is None:
-                taps = self.taps(self.batches.at(part), [pupil.path for pupil in active])
+            paths = [pupil.path for pupil in active]
+            if cache is not None:
+                taps = cache.at(part, paths)
+            elif self.reused is not None:
+                taps = self.reused.at(step, part - step * config.batch_size, paths)
             else:
-                taps = cache.at(part, [pupil.path for pupil in active])
+                taps = self.taps(self.batches.at(part), paths)
             for pupil in active:
                 with compute.autocast():
                     loss = pupil.loss_on(taps.pop(pupil.path)) * weight
@@ -481,7 +502,7 @@ class _Stage:
             for p in self.pupils
         )
         stored = min(self.config.cache_samples, self.config.steps * self.config.batch_size)
-        teacher = stored if self.config.mode == "cached" else visits
+        teacher = stored if self.config.mode == "cached" else visits / self.config.reuse
         return passes * teacher + 3 * cost * visits
 
 

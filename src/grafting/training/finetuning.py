@@ -18,6 +18,7 @@ from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family
 from grafting.lora import Lora, add_lora, is_lora, lora_of, lora_targets
 from grafting.surgery import edited_groups, edited_sites
+from grafting.training.acceleration import compiled, frozen_copy
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import FinetuneConfig, settings
 from grafting.training.loop import (
@@ -157,6 +158,8 @@ class _Stage:
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
         self.config, self.compute, self.journal = config, compute, journal
+        matches = any(config.objectives.get(name, 0) > 0 for name in ("output", "features"))
+        self.reference = frozen_copy(teacher, compute) if matches and teacher is not None else None
         self.seed = config.seed or 0
         parameters = trained_parameters(
             family, student, "operators" if config.lora is not None else config.train
@@ -198,13 +201,19 @@ class _Stage:
         self.held = hold(self.student, self.names, blocks, self.compute, self.config.shard)
         self.held.train(True)
         try:
-            return self._run(self.config, self.compute)
+            with compiled(self._compilable(), self.config.compile, self.compute.device):
+                return self._run(self.config, self.compute)
         finally:
             if self.config.gradient_checkpointing:
                 self.family.set_checkpointing(self.student, False)
             for parameter in frozen:
                 parameter.requires_grad_(True)
             self.student.eval()
+
+    def _compilable(self) -> list[nn.Module]:
+        """The blocks of student and teacher; of a sharded student none, they gather their weights as they run."""
+        student = [] if self.held.takes_all else self.family.compilable(self.student)
+        return student + ([] if self.reference is None else self.family.compilable(self.reference))
 
     def _run(self, config: FinetuneConfig, compute: Compute) -> FinetuneResult:
         course = self._begin()
@@ -288,7 +297,7 @@ class _Stage:
 
             def objectives(model: nn.Module, batch: Batch = batch) -> tuple[Tensor, dict[str, Tensor]]:
                 with self.compute.autocast():
-                    return mixed_loss(self.family, model, self.teacher, batch, config, self.layers)
+                    return mixed_loss(self.family, model, self.reference, batch, config, self.layers)
 
             loss, terms = self.held.call(objectives)
             (loss * (weight * self.held.loss_scale)).backward()
