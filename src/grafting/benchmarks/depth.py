@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from grafting.benchmarks.timing import side_by_side
+from grafting.benchmarks.timing import as_dtype, ceilings, device_name, side_by_side
 from grafting.errors import GraftError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "compiled", "both")
 
 
@@ -34,16 +33,16 @@ def bench_depth(
     from grafting.runs import environment
     from grafting.surgery import graft
 
-    if dtype not in DTYPES:
-        raise GraftError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    kind = as_dtype(dtype)
     if mode not in MODES:
         raise GraftError(f"unknown mode {mode!r}: expected one of {', '.join(MODES)}")
     place = as_device(device)
-    teacher = load_model(f"arch:DiT-{size}", device=place, dtype=DTYPES[dtype]).eval()
+    teacher = load_model(f"arch:DiT-{size}", device=place, dtype=kind).eval()
     student = graft(teacher, GraftPlan([Parallelize("pairs", merge)]))
     models = {"teacher": teacher, "as one": student, "in sequence": _in_sequence(student)}
     flops, depth, params = _counts(models)
     rows: list[dict[str, Any]] = []
+    peak = ceilings(place, kind)
     for how in ("eager", "compiled") if mode == "both" else (mode,):
         passes = {name: _forward(model, batch_size, how == "compiled") for name, model in models.items()}
         times = side_by_side(passes, place, repeats=repeats, warmup=3 if how == "compiled" else 1)
@@ -52,6 +51,7 @@ def bench_depth(
                 "branches": name, "mode": how, "depth": depth[name], "params": params[name],
                 "flops_per_image": flops[name], **{key.replace("_s", "_ms"): 1e3 * s for key, s in times[name].items()},
                 "speedup": times["teacher"]["median_s"] / times[name]["median_s"],
+                "share_of_matmul": batch_size * flops[name] / times[name]["median_s"] / peak["matmul_flops_per_s"],
             }
             for name in models
         ]  # fmt: skip
@@ -63,7 +63,8 @@ def bench_depth(
         "merge": merge,
         "batch_size": batch_size,
         "dtype": dtype,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else device,
+        "device": device_name(place),
+        "ceilings": peak,
         "repeats": repeats,
         "rows": rows,
         "as_one_over_in_sequence": {

@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from grafting.errors import GraftError
+
 Work = Callable[[], Any]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """The type of that name. Raises GraftError."""
+    if name not in DTYPES:
+        raise GraftError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def device_name(device: torch.device) -> str:
+    """What a benchmark ran on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextlib.contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """While inside, glibc keeps freed memory of large CPU tensors instead of asking the kernel for it every time.
+
+    Otherwise a tensor above 32 MB is mapped and zeroed anew at each allocation, which is timed as if it were work.
+    """
+    mallopt = None
+    if device.type == "cpu" and sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_MAX, 65536)
+        mallopt(_TRIM_THRESHOLD, 128 * 1024)
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,16 +14,24 @@ from grafting.cli.options import Json
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="operators, depth or stage1.")],
+    what: Annotated[str, typer.Argument(help="operators, stage1, stage2, sample, depth or all.")],
     size: Annotated[
-        str | None, typer.Option(help="operators: such as XL/2-256 or PixArt-2K; depth: such as XL/2 or XL/2-D4.")
+        str | None,
+        typer.Option(help="operators: XL-4096, PixArt-2K; others: dit-fashion, or a DiT: XL/2-256; all: real, tiny."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    updates: Annotated[int | None, typer.Option(min=2, help="stage1: optimizer steps of each side.")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="operators, depth: timed calls of each side.")] = None,
-    device: Annotated[str | None, typer.Option(help="operators, depth: cpu, cuda, mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="operators, depth: float32, bfloat16, float16.")] = None,
-    mode: Annotated[str | None, typer.Option(help="depth: eager (default), compiled or both.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="stage2: samples per forward pass.")] = None,
+    updates: Annotated[int | None, typer.Option(min=1, help="stage1, stage2: optimizer steps of each side.")] = None,
+    layers: Annotated[str | None, typer.Option(help="stage1: which are edited: interleaved-50, all.")] = None,
+    reuse: Annotated[int | None, typer.Option(min=1, help="stage1: updates per teacher pass.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="stage1: published jobs to run, for all.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="sample: of DDIM.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed turns of each side (not stage1).")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, and float16 (operators, depth) or auto (the others).")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="stage2, sample, depth: eager (default), compiled or both.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Compare the speed of two ways in one run; report ratios."""
@@ -31,26 +39,21 @@ def bench(
     from grafting.formats.weights import write_json
 
     found = run_benchmark(
-        what,
-        size=size,
-        batch_size=batch_size,
-        updates=updates,
-        repeats=repeats,
-        device=device,
-        dtype=dtype,
-        mode=mode,
-    )
+        what, size=size, batch_size=batch_size, micro_batch=micro_batch, updates=updates, layers=layers, reuse=reuse,
+        jobs=jobs, steps=steps, repeats=repeats, device=device, dtype=dtype, mode=mode,
+    )  # fmt: skip
     if out:
         write_json(out, found)
-    columns: tuple[str, ...] = (
-        "operator",
-        "part",
-        "seconds",
-        "baseline",
-        "baseline_seconds",
-        "ratio",
-        "flop_ceiling",
-    )
-    if what == "depth":
-        columns = ("branches", "mode", "depth", "params", "flops_per_image", "median_ms", "speedup")
-    show(found, json_, [columns] if "rows" in found else None, "rows" if "rows" in found else "")
+    columns = _COLUMNS.get(what)
+    show(found, json_, [columns] if columns else None, "rows" if columns else "")
+
+
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "operators": (
+        "operator", "part", "seconds", "baseline", "baseline_seconds", "ratio", "flop_ceiling", "share_of_copy",
+        "share_of_matmul",
+    ),
+    "depth": ("branches", "mode", "depth", "params", "flops_per_image", "median_ms", "speedup", "share_of_matmul"),
+    "stage2": ("loop", "precision", "seconds", "images_per_s", "ratio", "share_of_matmul"),
+    "sample": ("model", "mode", "precision", "seconds", "images_per_s", "ratio", "share_of_matmul"),
+}  # fmt: skip
