@@ -7,10 +7,11 @@ TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo demo-text test lint format clean
 
 help:
 	@echo "make demo    graft a pretrained diffusion transformer, end to end; ends with the path of a report"
+	@echo "make demo-text  the same for a text-to-image model, on pairs of its own making"
 	@echo "make test    run the tests (ARGS='-k plan' goes to pytest)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
@@ -27,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/graft demo --out $(OUT) --resume
+
+demo-text: $(STAMP)
+	$(BIN)/graft demo --text --out $(OUT)-text --resume
 
 # Two processes of one thread each: quicker than one of two, and the same on larger machines.
 test: $(STAMP)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grafting import operators
-from grafting.recipes import EvaluateConfig, Recipe, SampleConfig, load_recipe, packaged
+from grafting.recipes import EvaluateConfig, Recipe, SampleConfig, SynthesizeConfig, load_recipe, packaged
 from grafting.training.config import DistillConfig, FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_key_of_a_recipe_is_documented() -> None:
     page = text("docs/recipes.md")
-    for settings in (Recipe, DistillConfig, FinetuneConfig, SampleConfig, EvaluateConfig):
+    for settings in (Recipe, DistillConfig, FinetuneConfig, SampleConfig, EvaluateConfig, SynthesizeConfig):
         for key in settings.model_fields:
             assert re.search(rf"`(?:[a-z]+\.)?{key}`", page), f"{settings.__name__}.{key}"
 

@@ -52,7 +52,8 @@ def generate(
     """Draw `num` images of a model and write them to `path` (.npz), with `<path>.png` beside it.
 
     The label of image i is i modulo the number of classes; with `captions`, which a model that is not class-conditional
-    needs, modulo their number, and their texts are written beside (`<path>.captions.jsonl`). Of several processes each
+    needs, modulo their number (or the class of that caption, where captions have one), and their texts are written
+    beside (`<path>.captions.jsonl`). Of several processes each
     draws some of the batches and the first writes. `describe` is added to the protocol (model, plan).
     Raises GraftError.
     """
@@ -76,10 +77,13 @@ def generate(
     model.to(device)
     decode = decoder(model, vae, device)
     shape = family.sample_shape(model)
-    labels = np.arange(num) % kinds
+    numbers = np.arange(num) % kinds
+    classes_of = captions.labels if captions is not None and classes is None else None
+    labels = numbers if classes_of is None else np.asarray(classes_of)[numbers]
+    named = f"i mod {kinds}" if classes_of is None else f"class of caption i mod {kinds}"
     protocol = {
         "num_samples": num, "steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed,
-        "labels": f"i mod {kinds}", "precision": compute.precision, **(describe or {}),
+        "labels": named, "precision": compute.precision, **(describe or {}),
     }  # fmt: skip
     if classes is None and captions is not None:
         protocol |= {"captions": captions.name, "captions_sha256": captions.content_hash}
@@ -127,7 +131,7 @@ def generate(
         columns=min(10, kinds),
     )
     if classes is None and captions is not None:
-        lines = [json.dumps({"caption": captions.captions[label]}) for label in labels.tolist()]
+        lines = [json.dumps({"caption": captions.captions[number]}) for number in numbers.tolist()]
         write_bytes(path.with_suffix(".captions.jsonl"), ("\n".join(lines) + "\n").encode())
     return path
 

@@ -18,7 +18,7 @@ from grafting.formats.published import load_published
 from grafting.models.dit import DiT
 from grafting.surgery import record_of, set_source
 
-PACKAGED = ("dit-fashion",)
+PACKAGED = ("dit-fashion", "pixart-emoji")
 # Of a pipeline only the transformer is wanted; of a graft or a saved model, everything it has.
 _HUB_FILES = [
     "config.json",
@@ -37,9 +37,9 @@ def load_model(
 ) -> nn.Module:  # fmt: skip
     """Load a model.
 
-    source: a packaged name (`dit-fashion`); a published `.pt` or bare `.safetensors`; a folder that this package saved
-    (model, graft or run) or a DiT or PixArt in diffusers' layout (pipeline or transformer); a hub id of such; or
-    `arch:DiT-XL/2`, `arch:PixArt-Sigma-2K` for random weights, the same at every call.
+    source: a packaged name (`dit-fashion`, `pixart-emoji`); a published `.pt` or bare `.safetensors`; a folder that
+    this package saved (model, graft or run) or a DiT or PixArt in diffusers' layout (pipeline or transformer); a hub
+    id of such; or `arch:DiT-XL/2`, `arch:PixArt-Sigma-2K` for random weights, the same at every call.
     num_heads: needed for a bare file of a width that no published size has.
     device: also "meta", for `arch:` only. dtype: default float32, or what a graft was saved in.
     Raises CheckpointError or GraftError that names the source and what to do.
@@ -84,7 +84,7 @@ def packaged_folder(name: str) -> Path:
 
 def _load(source: str, num_heads: int | None) -> nn.Module:
     if source in PACKAGED:
-        return load_saved_model(packaged_folder(source))
+        return _load_folder(packaged_folder(source))
     path = Path(source)
     if path.is_file():
         return load_published(path, num_heads=num_heads)
@@ -179,6 +179,10 @@ def pretraining_visits(model: nn.Module) -> float | None:
 
     source = source_of(model)
     if source in PACKAGED:
-        manifest = weights.read_json(packaged_folder(source) / "model.json", "model")
-        return float(manifest.get("pretraining", {}).get("image_visits", 0)) or None
+        folder = packaged_folder(source)
+        if (folder / "model.json").is_file():
+            found = weights.read_json(folder / "model.json", "model").get("pretraining", {})
+        else:
+            found = weights.read_json(folder / "pretraining.json", "pretraining")
+        return float(found.get("image_visits", 0)) or None
     return None

@@ -18,12 +18,13 @@ from grafting.analysis.estimate import meta_copy
 from grafting.analysis.memory import StagePeak, gigabytes
 from grafting.console import Console
 from grafting.data import DataSource, load_dataset
+from grafting.data.packaged_captions import check_prompts
 from grafting.data.text import CaptionDataset, CaptionSource
 from grafting.errors import RunError
 from grafting.evaluation import compare, evaluate
 from grafting.evaluation.features import load_features
 from grafting.evaluation.measure import NUM_NEIGHBOURS
-from grafting.evaluation.reference import FASHION_TRAIN
+from grafting.evaluation.reference import FASHION_TRAIN, TEACHER
 from grafting.families import family_of
 from grafting.families.codec import check_latents
 from grafting.formats import weights
@@ -34,13 +35,17 @@ from grafting.recipes import Recipe
 from grafting.runs import RunFolder
 from grafting.runs.trackers import check_trackers
 from grafting.surgery import explain, graft, record_of
+from grafting.synthesis import Synthesis
+from grafting.synthesis import synthesize as make_pairs
+from grafting.text_inputs import text_inputs
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig, seeded, settings
 from grafting.training.distillation import distill
 from grafting.training.finetuning import finetune
 from grafting.training.loop import Interrupted
 
-STAGES = ("graft", "distill", "finetune", "sample", "evaluate")
+STAGES = ("synthesize", "graft", "distill", "finetune", "sample", "evaluate")
+OTHER_NOISE = 1_000_003  # added to the seed for the samples of the teacher that are a reference
 
 
 @dataclass
@@ -68,21 +73,31 @@ class Pipeline:
                 device=self.device,
                 dtype=getattr(torch, self.recipe.dtype) if self.recipe.dtype else None,
             )
-            if family_of(teacher).num_classes(teacher) is None:  # it takes the size of the data
+            if family_of(teacher).num_classes(teacher) is None and self.recipe.synthesize is None:
+                # it takes the size of the data
                 teacher = family_of(teacher).resized(teacher, *self.data.shape[1:])
             self._teacher = teacher
         return self._teacher
 
     @property
     def captions(self) -> CaptionSource | None:
-        """What a model that is conditioned on captions is sampled by: those of the data."""
+        """What a model that is conditioned on captions is sampled by: the recipe's prompts, or those of the data."""
+        if self.recipe.sample.prompts is not None:
+            return text_inputs(
+                self.teacher,
+                self.recipe.model,
+                prompts=self.recipe.sample.prompts,
+                limit=self.recipe.sample.num,
+            )[1]
         return self.data if isinstance(self.data, CaptionDataset) else None
 
     @property
     def data(self) -> DataSource:
         """The recipe's data, or its stratified fraction."""
         if self._data is None:
-            data = load_dataset(self.recipe.data)
+            data = load_dataset(
+                self.run.path / self.recipe.data if self.recipe.synthesize else self.recipe.data
+            )
             self._data = (
                 data.subset(self.recipe.fraction, self.recipe.seed) if self.recipe.fraction < 1 else data
             )
@@ -91,7 +106,9 @@ class Pipeline:
     def check(self) -> None:
         """Everything that can be refused before any work: plan against model, data against model."""
         explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
-        if self.recipe.distill is not None or self.recipe.finetune is not None:
+        if self.recipe.synthesize is not None:
+            check_prompts(self.recipe.synthesize.prompts)
+        elif self.recipe.distill is not None or self.recipe.finetune is not None:
             from grafting.training.loop import Batches
 
             Batches(
@@ -100,6 +117,8 @@ class Pipeline:
             )  # fmt: skip
             check_latents(self.data, self.recipe.sample.vae)
         check_trackers(self.recipe.trackers)
+        if self.recipe.sample.prompts is not None:
+            check_prompts(self.recipe.sample.prompts)
         self.check_evaluation()
 
     def check_evaluation(self) -> None:
@@ -112,13 +131,30 @@ class Pipeline:
                 f"sample.num={self.recipe.sample.num} is too few to evaluate; give at least {NUM_NEIGHBOURS + 1}, "
                 "or evaluate: null"
             )
-        if config.reference != FASHION_TRAIN and not Path(config.reference).is_file():
+        if config.reference not in (FASHION_TRAIN, TEACHER) and not Path(config.reference).is_file():
             raise RunError(
-                f"evaluate.reference: no file {config.reference!r}; give {FASHION_TRAIN}, a sample .npz or "
+                f"evaluate.reference: no file {config.reference!r}; give {FASHION_TRAIN}, {TEACHER}, a sample .npz or "
                 "an ADM .npz, or evaluate: null"
             )
         if config.features != "auto":
             load_features(config.features)
+
+    def synthesize(self) -> dict[str, Any]:
+        """Pairs of the teacher's own making, to train on; a stop loses a shard of them at most."""
+        config = self.recipe.synthesize
+        if config is None:
+            raise RunError("this recipe has no synthesize settings")
+        started = time.perf_counter()
+        job = Synthesis(**config.model_dump(exclude={"prompts", "precision"}), seed=self.recipe.seed)
+        with self.run.writing("synthesize"):
+            make_pairs(
+                self.recipe.model, config.prompts, self.run.path / self.recipe.data, job, resume=True,
+                compute=make_compute(self.compute.device, config.precision),
+                progress=lambda what, done, total: self.run.progress("synthesize", done, total, what),
+            )  # fmt: skip
+            result = {"seconds": time.perf_counter() - started, **config.model_dump(mode="json")}
+            self.run.finish("synthesize", result)
+        return result
 
     def graft(self) -> nn.Module:
         """Apply the plan and write plan.yaml and graft/."""
@@ -230,21 +266,24 @@ class Pipeline:
         return {"pretraining_flops": total, "share_of_pretraining": flops / total}
 
     def sample(self) -> dict[str, Any]:
-        """The same noise and labels through teacher and student."""
-        config = self.recipe.sample
+        """The same noise and labels through teacher and student; other noise through the teacher for a reference."""
+        config, seed = self.recipe.sample, self.recipe.seed
         with self.run.writing("sample"):
             seconds = {}
-            models = {"teacher": self.teacher, "student": self.student()}
-            for number, (who, model) in enumerate(models.items()):
+            models = [("teacher", self.teacher, seed), ("student", self.student(), seed)]
+            if self.recipe.evaluate is not None and self.recipe.evaluate.reference == TEACHER:
+                models.insert(1, ("reference", self.teacher, seed + OTHER_NOISE))
+            captions = self.captions
+            for number, (who, model, noise) in enumerate(models):
                 started = time.perf_counter()
                 drawn = (self.run.path / "samples" / f"{who}.npz").is_file()
-                if who == "teacher" and self.compute.from_main(drawn):
+                if who != "student" and self.compute.from_main(drawn):
                     continue  # drawn by an earlier attempt or row: files appear whole or not at all
                 generate(
-                    model, self.run.path / "samples" / f"{who}.npz", seed=self.recipe.seed, **config.model_dump(),
-                    captions=self.captions, describe={"model": who},
+                    model, self.run.path / "samples" / f"{who}.npz", seed=noise, captions=captions,
+                    **config.model_dump(exclude={"prompts"}), describe={"model": who},
                     progress=lambda done, total, who=who, before=number: self.run.progress(  # type: ignore[misc]
-                        "sample", before * total + done, 2 * total, f"images, now of the {who}"
+                        "sample", before * total + done, len(models) * total, f"images, now of the {who}"
                     ),
                 )  # fmt: skip
                 seconds[who] = time.perf_counter() - started
@@ -258,12 +297,15 @@ class Pipeline:
         if config is None:
             raise RunError("this recipe has no evaluate settings")
         found: dict[str, Any] = {}
+        reference = config.reference
+        if reference == TEACHER:
+            reference = str(self.run.path / "samples" / "reference.npz")
         with self.run.writing("evaluate"):
             for who in ("teacher", "student"):
                 self.run.console.say(f"evaluating {who}")
                 found[who] = evaluate(
                     self.run.path / "samples" / f"{who}.npz",
-                    config.reference,
+                    reference,
                     config.features,
                     device=self.device,
                 )
@@ -285,7 +327,8 @@ class Pipeline:
         """
         self.check()
         wanted = {
-            "graft": True, "distill": self.recipe.distill is not None, "finetune": self.recipe.finetune is not None,
+            "synthesize": self.recipe.synthesize is not None, "graft": True,
+            "distill": self.recipe.distill is not None, "finetune": self.recipe.finetune is not None,
             "sample": True, "evaluate": self.recipe.evaluate is not None,
         }  # fmt: skip
         with self.run.writing():

@@ -16,8 +16,9 @@ from grafting.analysis import estimate, pace
 from grafting.analysis.costs import plan_cost
 from grafting.analysis.latency import device_name
 from grafting.analysis.memory import gigabytes, weight_bytes
+from grafting.data.packaged_captions import check_prompts
 from grafting.errors import CheckpointError, DataError
-from grafting.evaluation.reference import FASHION_TRAIN
+from grafting.evaluation.reference import FASHION_TRAIN, TEACHER
 from grafting.families import family_of
 from grafting.families.codec import check_latents
 from grafting.loading import is_here, load_model
@@ -108,6 +109,9 @@ def _teacher(pipeline: Pipeline, missing: list[str]) -> nn.Module:
 
 def _check_data(pipeline: Pipeline, teacher: nn.Module, missing: list[str]) -> None:
     recipe = pipeline.recipe
+    if recipe.synthesize is not None:  # the run makes it
+        check_prompts(recipe.synthesize.prompts)
+        return
     if recipe.distill is None and recipe.finetune is None:
         return
     try:
@@ -129,7 +133,7 @@ def _check_evaluation(pipeline: Pipeline, missing: list[str]) -> None:
     if config is None:
         return
     absent = []
-    if config.reference != FASHION_TRAIN and not Path(config.reference).is_file():
+    if config.reference not in (FASHION_TRAIN, TEACHER) and not Path(config.reference).is_file():
         absent.append(f"evaluate.reference: {config.reference}")
     kind, _, weights = config.features.partition(":")
     if weights and not Path(weights).is_file():

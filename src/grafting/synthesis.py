@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from grafting import draws
 from grafting.conditioning import Caption
 from grafting.data import text as captions
+from grafting.data.packaged_captions import PackagedCaptions, is_packaged
 from grafting.data.prompts import Prompt, TextEncoder, read_prompts
 from grafting.diffusion import sample
 from grafting.errors import DataError, GraftError, RunError
@@ -68,14 +69,21 @@ def synthesize(
 ) -> Path:  # fmt: skip
     """Make `settings.num` pairs of the pipeline `source` (folder, hub id, or a graft of one) in the folder `out`.
 
-    Prompt i is line i of the file, from the start again where there are fewer. `resume` goes on where a run with
-    the same arguments stopped. Returns the quality page. Raises GraftError that says what to do.
+    Prompt i is line i of the file, from the start again where there are fewer; captions of a packaged name
+    (`emoji-train`) need no text encoder, and `source` then no pipeline: `pixart-emoji` has none. `resume` goes on where
+    a run with the same arguments stopped. Returns the quality page. Raises GraftError that says what to do.
     """
-    folder, out = find_pipeline(source), Path(out)
-    found = read_prompts(prompts)
-    check_schedule(folder)
+    out, folder = Path(out), None
+    encoded = PackagedCaptions(str(prompts)) if is_packaged(prompts) else None
+    if encoded is not None:
+        found = [Prompt(number, text) for number, text in enumerate(encoded.captions, 1)]
+    else:
+        folder, found = find_pipeline(source), read_prompts(prompts)
+        check_schedule(folder)
     chosen = [found[i % len(found)] for i in range(settings.num)]
-    job = _Job(source, folder, chosen, str(prompts), out, settings, compute, dtype, progress or _silent)
+    job = _Job(
+        source, folder, chosen, str(prompts), out, settings, compute, dtype, progress or _silent, encoded
+    )
     job.begin(resume)
     job.encode()
     model = job.load()
@@ -88,10 +96,11 @@ def synthesize(
 
 class _Job:
     def __init__(
-        self, source: str, folder: Path, prompts: list[Prompt], file: str, out: Path, settings: Synthesis,
-        compute: Compute, dtype: torch.dtype | None, progress: Progress,
+        self, source: str, folder: Path | None, prompts: list[Prompt], file: str, out: Path, settings: Synthesis,
+        compute: Compute, dtype: torch.dtype | None, progress: Progress, encoded: PackagedCaptions | None,
     ) -> None:  # fmt: skip
         self.source, self.folder, self.prompts, self.file, self.out = source, folder, prompts, file, out
+        self.encoded = encoded
         self.settings, self.compute, self.dtype, self.progress = settings, compute, dtype, progress
         self.num_shards = -(-len(prompts) // settings.shard_size)
         self.mine = list(range(compute.rank, self.num_shards, compute.world))
@@ -127,6 +136,7 @@ class _Job:
         return {
             "model": self.source, "sampler": "dpm++", **asdict(self.settings),
             "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
+            **({"precision": self.compute.precision} if self.compute.precision != "fp32" else {}),
             "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         }  # fmt: skip
 
@@ -143,6 +153,9 @@ class _Job:
         missing = [shard for shard in self.mine if not (self.out / captions.text_file(shard)).is_file()]
         null = self.out / "null.safetensors"
         if not missing and (null.is_file() or not self.compute.is_main):
+            return
+        if self.encoded is not None or self.folder is None:
+            self.copy_encoded(missing, null)
             return
         encoder = TextEncoder(
             self.folder, device=self.compute.device, dtype=self.dtype, max_tokens=self.settings.max_tokens
@@ -173,12 +186,32 @@ class _Job:
         if self.compute.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def copy_encoded(self, missing: list[int], null: Path) -> None:
+        """Captions that are encoded already."""
+        encoded = self.encoded
+        assert encoded is not None
+        for shard in missing:
+            cond = encoded.conditions([row % len(encoded) for row in self.rows(shard)])
+            packed = captions.pack_captions(cond.embeds, cond.mask)
+            weights.write_safetensors(self.out / captions.text_file(shard), packed)
+        if self.compute.is_main:
+            weights.write_safetensors(null, {
+                "embeds": encoded.null, "mask": torch.ones(len(encoded.null), dtype=torch.uint8),
+                "num_tokens": torch.tensor(encoded.num_tokens),
+            })  # fmt: skip
+
     # ---- latents
 
     def load(self) -> nn.Module:
         """The model, for latents of the size asked for."""
         model = load_model(self.source, device=self.compute.device, dtype=self.dtype).eval()
-        return at_size(model, str(self.folder), (self.settings.height, self.settings.width))
+        if self.encoded is not None:
+            family = family_of(model)
+            family.check_data(
+                model, self.encoded.name, family.sample_shape(model), 0, self.encoded.caption_width
+            )
+        where = str(self.folder) if self.folder else self.source
+        return at_size(model, where, (self.settings.height, self.settings.width))
 
     def sample(self, model: nn.Module) -> None:
         """Sample the latents of this process's shards that are not there yet."""
@@ -209,7 +242,8 @@ class _Job:
         noise = draws.normal(
             settings.seed, "synthesize/noise", rows.to(device), family_of(model).sample_shape(model)
         )
-        x0 = sample(model, noise, cond, steps=settings.steps, sampler="dpm++", guidance=settings.guidance)
+        with self.compute.autocast():
+            x0 = sample(model, noise, cond, steps=settings.steps, sampler="dpm++", guidance=settings.guidance)
         _check_finite(x0, rows.tolist(), "the latent", self.dtype)
         return x0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from grafting.data.packaged_captions import PackagedCaptions, is_packaged
 from grafting.data.prompts import EncodedPrompts
 from grafting.data.text import CaptionDataset, CaptionSource
 from grafting.errors import GraftError
@@ -20,7 +21,8 @@ def text_inputs(
 ) -> tuple[nn.Module, CaptionSource | None]:  # fmt: skip
     """The model for images of `size` (height, width in pixels), and the captions; None for a model without any.
 
-    source: where the model came from, for the text encoder of its pipeline. data: pairs, whose size is then taken.
+    source: where the model came from, for the text encoder of its pipeline. prompts: a file, or a packaged name
+    (`emoji-held-out`), which needs no encoder. data: pairs, whose size is then taken.
     Raises GraftError.
     """
     family = family_of(model)
@@ -35,6 +37,10 @@ def text_inputs(
     if data:
         pairs = CaptionDataset(data)
         return at_size(model, source, size, pairs.shape[1:]), pairs
+    if prompts and is_packaged(prompts):
+        packaged = PackagedCaptions(str(prompts))
+        family.check_data(model, packaged.name, family.sample_shape(model), 0, packaged.caption_width)
+        return at_size(model, source, size), packaged
     if prompts:
         device = next(model.parameters()).device
         encoded = EncodedPrompts(prompts, find_pipeline(source), device=device, dtype=dtype, limit=limit)

@@ -22,7 +22,7 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 1.5,
     batch_size: Annotated[int, typer.Option(min=1)] = 100,
     vae: Annotated[str | None, typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts for a text-to-image model, as in synthesize.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="For text to image: a file, or emoji-held-out.")] = None,
     data: Annotated[Path | None, typer.Option(help="Captions for one: a folder of graft synthesize.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels, where the model takes other sizes.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,

@@ -14,12 +14,13 @@ from grafting.cli.options import Device, Dtype, Heads, Locality, Processes, Resu
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"), resume: Resume = False,
-    device: Device = "cpu", seed: Seed = 0, set: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/demo or runs/demo-text.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="A text-to-image model, and no data: pixart-emoji.")] = False,
+    resume: Resume = False, device: Device = "cpu", seed: Seed = 0, set: Set = None,
 ) -> None:  # fmt: skip
     """Half of the attention of the packaged dit-fashion becomes hyena_x: the whole method in minutes."""
     run(
-        "demo",
+        "demo-text" if text else "demo",
         out=out,
         resume=resume,
         set=set,
@@ -40,7 +41,7 @@ def run(
     processes: Processes = 1,
     device: Device = "cpu", dtype: Dtype = None, seed: Annotated[int | None, typer.Option(min=0)] = None,
 ) -> None:  # fmt: skip
-    """Run a recipe: load, graft, distill, finetune, sample, evaluate, report."""
+    """Run a recipe: synthesize, graft, distill, finetune, sample, evaluate, report."""
     from grafting.pipeline import Pipeline
     from grafting.processes import is_one_of_several
     from grafting.recipes import load_recipe

@@ -15,7 +15,9 @@ from grafting.cli.options import Device, Dtype, Processes, Resume, Seed
 @app.command()
 def synthesize(
     source: Annotated[str, typer.Argument(help="Pipeline folder, hub id, or a graft of one.")],
-    prompts: Annotated[Path, typer.Option(help="One a line, or JSON lines with a key prompt, caption or text.")],
+    prompts: Annotated[
+        Path, typer.Option(help="One a line, or JSON lines with a key prompt, caption or text; or emoji-train.")
+    ],
     num: Annotated[int, typer.Option(min=1, help="Number of pairs; prompts are taken in order.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps of DPM-Solver++.")] = 20,

@@ -136,6 +136,8 @@ class TextEncoder:
 class EncodedPrompts:
     """The captions of a prompt file, encoded and held in memory; the text encoder itself is not kept."""
 
+    labels: list[int] | None = None
+
     def __init__(
         self, path: str | Path, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
         limit: int | None = None, truncate: bool = False, batch_size: int = 8,

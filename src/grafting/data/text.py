@@ -90,6 +90,11 @@ class CaptionSource(Protocol):
     @property
     def captions(self) -> list[str]: ...
 
+    @property
+    def labels(self) -> list[int] | None:
+        """Class number of each caption, where captions have one."""
+        ...
+
     def __len__(self) -> int: ...
 
     def conditions(self, indices: Indices) -> Caption: ...
@@ -103,6 +108,7 @@ class CaptionDataset:
     """
 
     num_classes = 0
+    labels: list[int] | None = None
 
     def __init__(self, folder: str | Path, rows: Tensor | None = None, name: str | None = None) -> None:
         self.folder = Path(folder)

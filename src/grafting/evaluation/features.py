@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from grafting.errors import DataError, GraftError
+
+if TYPE_CHECKING:
+    from grafting.evaluation.classifier import ImageClassifier
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class FeatureNetwork(Protocol):
     """What `evaluate` asks of a feature network.
 
     `name` and `weights_hash` (SHA-256) go into the protocol. `num_label_classes` says for how many labels the
-    logits are a classifier of the samples' own classes; None if they are not (then no label accuracy).
+    logits are a classifier of the samples' own classes; None if they are not (then no label accuracy). One that has
+    `labels_are_prompts` set gives `alignment` instead: the classes are those of the prompts, and unequally many.
     """
 
     @property
@@ -65,7 +69,7 @@ def names() -> list[str]:
 
 
 def load_features(spec: str) -> FeatureNetwork:
-    """Return the feature network of `spec`: `fashion`, `inception:WEIGHTS`, another registered one.
+    """Return the feature network of `spec`: `fashion`, `emoji`, `inception:WEIGHTS`, another registered one.
 
     Raises `GraftError` for an unknown name, and `CheckpointError` for weights that do not fit.
     """
@@ -93,26 +97,56 @@ class FashionFeatures:
         self._model, self.weights_hash = load_classifier(path)
         self.name = "fashion" if path is None else f"fashion:{Path(path).name}"
 
-    @torch.inference_mode()
     def extract(
         self, images: np.ndarray, batch_size: int = 256, device: str | torch.device = "cpu"
     ) -> FeatureSet:
         """Return pooled features [N, 128] and logits [N, 10] of uint8 images."""
-        if images.dtype != np.uint8 or images.shape[1:] not in ((32, 32, 1), (28, 28, 1)):
-            raise DataError(
-                f"fashion features take uint8 [N, 32, 32, 1], got {images.dtype} {list(images.shape)}; "
-                "choose other features for other images"
-            )
+        _check_images(images, ((32, 32, 1), (28, 28, 1)), "fashion")
         border = (32 - images.shape[1]) // 2
         images = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
-        model = self._model.to(device)
-        pool, logits = [], []
-        for batch in batches(images, batch_size):
-            x = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(device)
-            features, scores = model(x.float() / 127.5 - 1.0)
-            pool.append(features.cpu().numpy())
-            logits.append(scores.cpu().numpy())
-        return FeatureSet(np.concatenate(pool), logits=np.concatenate(logits))
+        return _classified(self._model, images, batch_size, device)
+
+
+class EmojiFeatures:
+    """The packaged classifier of emoji by their group: 128 features, 9 logits; images [N, 32, 32, 3]."""
+
+    num_label_classes: int | None = 9
+    labels_are_prompts = True
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        from grafting.evaluation.emoji_classifier import load_emoji_classifier
+
+        self._model, self.weights_hash = load_emoji_classifier(path)
+        self.name = "emoji" if path is None else f"emoji:{Path(path).name}"
+
+    def extract(
+        self, images: np.ndarray, batch_size: int = 256, device: str | torch.device = "cpu"
+    ) -> FeatureSet:
+        """Return pooled features [N, 128] and logits [N, 9] of uint8 images."""
+        _check_images(images, ((32, 32, 3),), "emoji")
+        return _classified(self._model, images, batch_size, device)
+
+
+def _check_images(images: np.ndarray, shapes: tuple[tuple[int, int, int], ...], what: str) -> None:
+    if images.dtype != np.uint8 or images.shape[1:] not in shapes:
+        raise DataError(
+            f"{what} features take uint8 [N, {', '.join(map(str, shapes[0]))}], got {images.dtype} "
+            f"{list(images.shape)}; choose other features for other images"
+        )
+
+
+@torch.inference_mode()
+def _classified(
+    model: ImageClassifier, images: np.ndarray, batch_size: int, device: str | torch.device
+) -> FeatureSet:
+    model = model.to(device)
+    pool, logits = [], []
+    for batch in batches(images, batch_size):
+        x = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(device)
+        features, scores = model(x.float() / 127.5 - 1.0)
+        pool.append(features.cpu().numpy())
+        logits.append(scores.cpu().numpy())
+    return FeatureSet(np.concatenate(pool), logits=np.concatenate(logits))
 
 
 def _inception(path: str | None) -> FeatureNetwork:
@@ -127,4 +161,5 @@ def _inception(path: str | None) -> FeatureNetwork:
 
 
 register_features("fashion", FashionFeatures)
+register_features("emoji", EmojiFeatures)
 register_features("inception", _inception)

@@ -11,7 +11,13 @@ import torch
 
 from grafting.errors import DataError
 from grafting.evaluation.features import FeatureNetwork, load_features
-from grafting.evaluation.metrics import frechet_distance, inception_score, label_accuracy, precision_recall
+from grafting.evaluation.metrics import (
+    balanced_accuracy,
+    frechet_distance,
+    inception_score,
+    label_accuracy,
+    precision_recall,
+)
 from grafting.evaluation.reference import FASHION_TRAIN, Progress, extract_all, load_reference
 from grafting.evaluation.samples import SampleFile
 
@@ -34,7 +40,8 @@ def evaluate(
 
     Metrics: `fd` (Frechet distance; called `fid` under inception features, and only there), `sfd` / `sfid`
     when the network has spatial features, `precision` and `recall` (k = 3), `is`, and `label_accuracy` when
-    the file has labels and the network classifies them. The protocol holds what the file says of its
+    the file has labels and the network classifies them (`alignment`, balanced over them, when they are the groups of
+    prompts). The protocol holds what the file says of its
     sampling (None for what it does not say), `num_samples`, `size`, and name and hash of reference and
     features.
     `progress(done, total)` counts images. Raises `DataError` for files that do not fit.
@@ -65,7 +72,11 @@ def evaluate(
             and file.labels.min() >= 0
             and file.labels.max() < classes
         ):
-            metrics["label_accuracy"] = label_accuracy(extracted.logits, file.labels)
+            if getattr(network, "labels_are_prompts", False):
+                metrics["alignment"] = balanced_accuracy(extracted.logits, file.labels)
+                protocol["alignment_by_chance"] = round(1 / classes, 4)
+            else:
+                metrics["label_accuracy"] = label_accuracy(extracted.logits, file.labels)
     protocol["reference"] = {"name": target.name, "hash": target.hash, "num": target.num}
     protocol["features"] = {"name": network.name, "hash": network.weights_hash}
     protocol["num_neighbours"] = NUM_NEIGHBOURS

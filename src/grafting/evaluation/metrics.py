@@ -164,6 +164,16 @@ def label_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((_finite(logits, "logits").argmax(axis=1) == labels).mean())
 
 
+def balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over the labels that occur of the share of their examples whose largest logit [N, K] is theirs.
+
+    Every label counts alike, however many examples [N] it has: by chance 1 / K.
+    """
+    label_accuracy(logits, labels)  # the same demands on both
+    hits = logits.argmax(axis=1) == labels
+    return float(np.mean([hits[labels == label].mean() for label in np.unique(labels)]))
+
+
 def _eigh(matrix: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues, clipped at 0, and eigenvectors of a covariance; an error if it is none beyond rounding."""
     scale = max(float(np.abs(matrix).max()), np.finfo(np.float64).tiny)

@@ -18,6 +18,7 @@ from grafting.evaluation.metrics import RunningMoments
 from grafting.evaluation.samples import SampleFile
 
 FASHION_TRAIN = "fashion-train"
+TEACHER = "teacher"  # in a recipe: samples of the teacher from other noise, drawn by the run
 FASHION_ASSET = "fashion_train_reference.npz"
 _NUM_MANIFOLD = 10_000
 _MANIFOLD_PURPOSE = "reference-manifold"

@@ -89,6 +89,8 @@ class PixArtFamily(Family):
 
     def predict_guided(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, scale: float) -> Tensor:
         """As diffusers' pipeline: the empty caption first in the doubled batch; all noise channels are guided."""
+        dtype = _dtype(model)  # before they are joined: autocast on CPUs joins no float16
+        cond = cond._replace(embeds=cond.embeds.to(dtype), null_embeds=cond.null_embeds.to(dtype))
         both = conditioning.join(self.null_condition(model, cond), cond)
         unconditional, conditional = self.predict(model, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         channels = x.shape[1]

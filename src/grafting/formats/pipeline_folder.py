@@ -52,8 +52,13 @@ def find_pipeline(source: str | Path) -> Path:
             f"{str(source)!r} is no text-to-image pipeline: expected a folder with {INDEX} (tokenizer, text encoder, "
             "transformer, VAE), as diffusers' save_pretrained writes it, or a graft of one"
         )
-    from grafting.loading import download
+    from grafting.loading import PACKAGED, download
 
+    if str(source) in PACKAGED:
+        raise CheckpointError(
+            f"{str(source)!r} ships without a text encoder; give prompts by a packaged name: "
+            "emoji-train or emoji-held-out"
+        )
     return find_pipeline(download(str(source), ["*.json", "*.txt", "*.model", "*.safetensors"]))
 
 

@@ -16,14 +16,14 @@ from grafting.errors import RunError
 from grafting.recipes.equal_budget import EQUAL_BUDGET
 from grafting.recipes.presets import PRESETS
 from grafting.recipes.rows import merged, row_recipe
-from grafting.recipes.settings import EvaluateConfig, Pretraining, Recipe, SampleConfig
+from grafting.recipes.settings import EvaluateConfig, Pretraining, Recipe, SampleConfig, SynthesizeConfig
 from grafting.recipes.table import PAPER_STUDIES
 from grafting.training.config import settings
 from grafting.yaml_io import load_yaml
 
 __all__ = [
-    "EXPERIMENTS", "PRESETS", "EvaluateConfig", "Pretraining", "Recipe", "SampleConfig", "experiments", "load_recipe",
-    "packaged", "parse_overrides", "recipe_mapping",
+    "EXPERIMENTS", "PRESETS", "EvaluateConfig", "Pretraining", "Recipe", "SampleConfig", "SynthesizeConfig",
+    "experiments", "load_recipe", "packaged", "parse_overrides", "recipe_mapping",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,10 +12,28 @@ from grafting.formats.graft_folder import plan_of_graft
 from grafting.plan import GraftPlan
 from grafting.training.config import Count, DistillConfig, FinetuneConfig, Positive, Settings
 
+# A folder's name that no file of a run has.
+_FOLDER = re.compile(r"(?!(?:graft|stage-1|samples|checkpoints|cache)$)[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class SynthesizeConfig(Settings):
+    """Pairs that the run samples from its own model, as `graft synthesize` does, and trains on."""
+
+    prompts: str  # a file, or a packaged name
+    num: Count = 12_000
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.5
+    batch_size: Count = 4
+    shard_size: Count = 64
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+
 
 class SampleConfig(Settings):
     """How both models are sampled."""
 
+    prompts: str | None = (
+        None  # a file, or a packaged name; text-to-image models, default: captions of the data
+    )
     num: Count = 1000
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
     sampler: Literal["ddim", "ddpm", "dpm++"] = "ddim"
@@ -51,7 +70,8 @@ class Recipe(Settings):
     model: str
     num_heads: Count | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    data: str
+    data: str  # with `synthesize`: the folder in the run folder that the pairs go to
+    synthesize: SynthesizeConfig | None = None
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     plan: list[dict[str, Any]] = []
     student: str | None = None
@@ -81,6 +101,14 @@ class Recipe(Settings):
             raise ValueError("plan and student: give one of them; a saved graft has its plan with it")
         if self.student is None:
             GraftPlan.from_dict(self.plan)
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_a_folder(self) -> Recipe:
+        if self.synthesize is not None and not _FOLDER.fullmatch(self.data):
+            raise ValueError(
+                f"data={self.data!r}: with synthesize, data names a new folder in the run folder, such as pairs"
+            )
         return self
 
     @property

@@ -22,10 +22,10 @@ _GRID = """
 """
 
 
-def write_quality_page(data: CaptionDataset, model: nn.Module, path: Path, pipeline: Path) -> None:
+def write_quality_page(data: CaptionDataset, model: nn.Module, path: Path, pipeline: Path | None) -> None:
     """Decode a spread of the latents and write the page."""
     shown = torch.linspace(0, len(data) - 1, min(NUM_SHOWN, len(data))).round().long().unique()
-    vae = str(pipeline / "vae") if (pipeline / "vae").is_dir() else None
+    vae = str(pipeline / "vae") if pipeline and (pipeline / "vae").is_dir() else None
     decode = decoder(model, vae, next(model.parameters()).device)
     figures, means, deviations = [], [], []
     for row in shown.tolist():

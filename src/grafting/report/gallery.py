@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from grafting.report import images, words
 from grafting.report.format import ranges
 from grafting.report.html import Child, Html, el, note, section
 from grafting.report.reading import RunRecord
+
+NUM_CAPTIONED = 72
 
 
 def samples(run: RunRecord) -> Html:
@@ -27,6 +30,8 @@ def samples(run: RunRecord) -> Html:
             missing.append(f"samples of the {who} could not be read ({error})")
     if not files:
         return section(ident, title, note(f"Nothing to show: {'; '.join(missing)}."))
+    if (texts := _captions(run, files)) is not None:
+        return _captioned(files, texts, missing)
     shown = list(files.values())
     unlike = images.same_noise(shown)
     smallest = min(len(file.images) for file in shown)
@@ -60,6 +65,57 @@ def samples(run: RunRecord) -> Html:
         el("p", "In each pair the upper image is the teacher's and the lower one the student's, "
                 "from the same starting noise and the same label." if len(shown) == 2 and not unlike else None),
         warning, el("div", strips, class_="strips"),
+        note(" ".join(caption), " ", el("span", _sample_protocol(shown[-1].protocol))),
+    )  # fmt: skip
+
+
+def _captions(run: RunRecord, files: Mapping[str, images.Samples]) -> list[str] | None:
+    """What the samples were drawn by, where that was text; None for class numbers."""
+    found = None
+    for who in files:
+        try:
+            lines = (
+                (run.folder / "samples" / f"{who}.captions.jsonl").read_text(encoding="utf-8").splitlines()
+            )
+            texts = [str(json.loads(line)["caption"]) for line in lines]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if found is not None and texts != found:
+            return None
+        found = texts
+    return found
+
+
+def _captioned(files: Mapping[str, images.Samples], texts: list[str], missing: list[str]) -> Html:
+    """Each pair with its prompt beneath."""
+    shown = list(files.values())
+    unlike = images.same_noise(shown)
+    count = min(*(len(file.images) for file in shown), len(texts), NUM_CAPTIONED)
+    figures = []
+    for i in range(count):
+        pictures: list[Child] = []
+        for who, file in files.items():
+            uri, width, height = images.strip(file.images[i : i + 1])
+            pictures.append(el("img", src=uri, width=width, height=height, alt=f"{who}: {texts[i]}"))
+        figures.append(el("figure", el("div", pictures), el("figcaption", texts[i])))
+    caption = [f"{count} of {min(file.total for file in shown):,} pairs."]
+    if len(shown) == 2 and not unlike:
+        apart = images.pair_distance(shown[0].images[:count], shown[1].images[:count])
+        others = images.pair_distance(shown[0].images[: count - 1], shown[0].images[1:count])
+        caption.append(
+            f"A pair differs by {apart:.1f} of 255 levels on average; neighbouring teacher samples, of unlike "
+            f"prompts, by {others:.1f}."
+        )
+    if missing:
+        caption.append(f"Missing: {'; '.join(missing)}.")
+    both = len(shown) == 2 and not unlike
+    return section(
+        "samples", "Samples from the same noise",
+        el("p", "Left the teacher's image, right the student's, from the same starting noise; the prompt beneath.")
+        if both else None,
+        el("p", f"Not the same noise: the two files differ in {', '.join(unlike)}.", class_="warn")
+        if unlike else None,
+        el("div", figures, class_="prompted"),
         note(" ".join(caption), " ", el("span", _sample_protocol(shown[-1].protocol))),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 from grafting.errors import GraftError, RunError
 from grafting.report.format import mapping, sequence
 
-STAGES = ("graft", "distill", "finetune", "sample", "evaluate")
+STAGES = ("synthesize", "graft", "distill", "finetune", "sample", "evaluate")
 _MAX_BYTES = 1 << 26
 _MAX_LINES = 200_000
 

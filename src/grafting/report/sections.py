@@ -32,7 +32,8 @@ def headline(run: RunRecord) -> Html:
     missing = [
         stage
         for stage in STAGES
-        if not run.stage(stage) and (stage not in run.recipe or run.recipe[stage] is not None)
+        if not run.stage(stage)
+        and (run.recipe[stage] is not None if stage in run.recipe else stage != "synthesize")
     ]
     return el(
         "header",

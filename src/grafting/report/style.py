@@ -58,6 +58,10 @@ font-size:.8rem;color:var(--soft)}
 .pair .t{color:var(--teacher)}.pair .s{color:var(--student)}
 .strip{display:grid;grid-template-columns:minmax(6rem,13rem) minmax(0,1fr);align-items:center;
 gap:.35rem 1rem;font-size:.9rem}
+.prompted{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:1.1rem .8rem;margin:1rem 0}
+.prompted figure{margin:0}.prompted figure div{display:flex;gap:3px}
+.prompted img{display:block;width:4.2rem;height:auto;image-rendering:pixelated}
+.prompted figcaption{margin-top:.25rem;font-size:.78rem;line-height:1.3;color:var(--soft);overflow-wrap:anywhere}
 .cells{border-spacing:2px;border-collapse:separate;font-size:.75rem}
 .cells th,.cells td{border:0;padding:.15rem .1rem;text-align:center;min-width:2em;white-space:nowrap}
 .cells tbody th,.cells thead th:first-child{text-align:left;padding-right:.8rem}

@@ -19,8 +19,9 @@ MEASURES = {
     "precision": ("precision", True),
     "recall": ("recall", True),
     "label_accuracy": ("label accuracy", True),
+    "alignment": ("prompt alignment", True),
 }
-HEADLINE_MEASURES = ("fid", "fd", "sfid")
+HEADLINE_MEASURES = ("alignment", "fid", "fd", "sfid")
 STAGE_NAMES = {"distill": "stage 1, distillation", "finetune": "stage 2, finetuning"}
 
 
@@ -174,6 +175,7 @@ def protocol_sentence(found: Mapping[str, Any]) -> str:
     take("seed", "seed {}")
     take("labels", "labels {}")
     take("precision", "precision {}")
+    take("alignment_by_chance", "alignment by chance {}")
     take("size", "{} pixels a side")
     for name, words in (("reference", "against {}"), ("features", "features of {}")):
         value = rest.pop(name, None)

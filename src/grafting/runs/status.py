@@ -19,9 +19,9 @@ from grafting.runs.metrics import MetricsLog
 from grafting.yaml_io import load_yaml
 
 NAME = "status.json"
-STAGES = ("graft", "distill", "finetune", "sample", "evaluate")
+STAGES = ("synthesize", "graft", "distill", "finetune", "sample", "evaluate")
 _SECONDS = 5.0  # between two writings while a stage goes on
-_OPTIONAL = ("distill", "finetune", "evaluate")
+_OPTIONAL = ("synthesize", "distill", "finetune", "evaluate")
 
 
 class StatusFile:
@@ -157,7 +157,8 @@ def _wanted(folder: Path) -> list[str]:
     recipe = load_yaml(folder / "recipe.yaml", "recipe", RunError)
     if not isinstance(recipe, Mapping):
         raise RunError(f"{folder / 'recipe.yaml'} is not a recipe")
-    return [stage for stage in STAGES if stage not in _OPTIONAL or recipe.get(stage, {}) is not None]
+    default = {"synthesize": None}
+    return [s for s in STAGES if s not in _OPTIONAL or recipe.get(s, default.get(s, {})) is not None]
 
 
 def _losses(folder: Path) -> dict[str, dict[str, Any]]:

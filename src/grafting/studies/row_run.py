@@ -195,7 +195,7 @@ def teacher_samples(setting: Setting, pipeline: Pipeline) -> Path:
 
 def _sample(model: Any, recipe: Recipe, file: Path, console: Console) -> None:
     generate(
-        model, file, seed=recipe.seed, **recipe.sample.model_dump(), describe={"model": "teacher"},
+        model, file, seed=recipe.seed, **recipe.sample.model_dump(exclude={"prompts"}), describe={"model": "teacher"},
         progress=lambda done, total: console.progress("sample teacher", done, total, "images"),
     )  # fmt: skip
 
