@@ -260,7 +260,7 @@ def test_a_resumed_stage_keeps_the_losses_it_chose(
         stop.setattr(run, "stop_requested", lambda: 130)
         with pytest.raises(Interrupted):
             distill(student, model, data, config, journal=run)
-    monkeypatch.setattr("grafting.training.distillation.settle_losses", None)  # it must not be asked again
+    monkeypatch.setattr("grafting.training.starts.settle_losses", None)  # it must not be asked again
     resumed = distill(graft(model, auto_plan()), model, data, config, journal=run)
     assert set(resumed.losses.values()) <= {"l1", "l2", "huber"}
     (record,) = [r for r in run.metrics() if r.get("event") == "loss"]

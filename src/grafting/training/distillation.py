@@ -10,29 +10,26 @@ Axes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grafting import operators
 from grafting.data import DataSource
-from grafting.depth import open_groups, randomly_merged
+from grafting.depth import open_groups
 from grafting.errors import DivergedError, PlanError, RunError
-from grafting.families import Family, Site, Tap
-from grafting.models.groups import BlockGroup
+from grafting.families import Family, Tap
 from grafting.plan import Parallelize, Replace
-from grafting.surgery import edited_groups, edited_sites, make_operator, record_of
+from grafting.surgery import edited_groups, edited_sites
 from grafting.training.acceleration import compiled, frozen_copy
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
-from grafting.training.config import DEFAULT_LOSSES, DistillConfig, settings
-from grafting.training.initialization import ReadoutFit, relative_error, run_on
+from grafting.training.config import DistillConfig, settings
+from grafting.training.initialization import relative_error, run_on
 from grafting.training.loop import (
     Batch,
     Batches,
@@ -48,16 +45,12 @@ from grafting.training.loop import (
     split,
     step_index,
 )
-from grafting.training.loss_choice import settle_losses
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
+from grafting.training.pupils import Pupil, pupils_of
 from grafting.training.reuse import ReusedTaps
+from grafting.training.starts import choose_losses, start_pupils
 
 STAGE = "distill"
-_LOSSES = {
-    "l1": F.l1_loss,
-    "l2": F.mse_loss,
-    "huber": lambda output, target: F.huber_loss(output, target, delta=1.0),
-}
 
 
 @dataclass
@@ -82,33 +75,6 @@ class DistillResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return dict(vars(self))
-
-
-@dataclass
-class _Pupil:
-    """One operator, or group of blocks, in training and its bookkeeping."""
-
-    path: str  # of the donor in the teacher
-    site: Site
-    entry: Replace | Parallelize
-    operator: nn.Module
-    loss: str
-    scaled: bool
-    parameters: list[nn.Parameter]
-    best: float = float("inf")
-    best_step: int = 0
-    best_state: dict[str, Tensor] = field(default_factory=dict)
-    stale: int = 0
-    rested_at: int | None = None
-
-    def gated(self, output: Tensor, tap: Tap) -> Tensor:
-        """An output as the loss compares it: with `scaled`, times the block's gate."""
-        return output * tap.gate if self.scaled and tap.gate is not None else output
-
-    def loss_on(self, tap: Tap) -> Tensor:
-        """The regression loss of this operator on one tap."""
-        output, target = self.gated(run_on(self.operator, tap), tap), self.gated(tap.output, tap)
-        return _LOSSES[self.loss](output.float(), target.float())
 
 
 def distill(
@@ -158,7 +124,7 @@ class _Stage:
             )
         # An operator learns on its own, so its group must not hold its weights among others.
         self.opened = open_groups(family, student, {site.layer for site, _ in edited_sites(student).values()})
-        self.pupils = self._pupils()
+        self.pupils = pupils_of(family, student, teacher, config)
         self.reused: ReusedTaps | None = None
         self.bad = BadSteps(compute.device)
         train, validation = split(data, config.num_validation, self.seed)
@@ -169,33 +135,6 @@ class _Stage:
         self.validation = (
             held_out(self.batches, validation, config.batch_size) if validation is not None else []
         )
-
-    def _pupils(self) -> list[_Pupil]:
-        """The operators, then the groups of blocks; a weight has one owner."""
-        sites, groups = edited_sites(self.student), edited_groups(self.student)
-        donors = {(site.kind, site.layer): site.path for site in self.family.sites(self.teacher)}
-        pupils = [
-            _Pupil(
-                path=donors[site.kind, site.layer], site=site, entry=entry, operator=site.donor,
-                loss=self._loss_of(entry.loss, entry.target), scaled=entry.scale_by_gate,
-                parameters=[p for p in site.donor.parameters() if p.requires_grad],
-            )
-            for site, entry in sites.values() if entry.train
-        ]  # fmt: skip
-        owned = {id(p) for site, _ in sites.values() for p in site.donor.parameters()}
-        pupils += [
-            _Pupil(
-                path=self.family.span(self.teacher, site.layers).path, site=site, entry=entry, operator=site.donor,
-                loss=self._loss_of(entry.loss, site.kind), scaled=False,
-                parameters=[p for p in site.donor.parameters() if p.requires_grad and id(p) not in owned],
-            )
-            for site, entry in groups.values() if entry.train
-        ]  # fmt: skip
-        return pupils
-
-    def _loss_of(self, given: str | None, target: str) -> str:
-        losses = {str(target): loss for target, loss in (DEFAULT_LOSSES | self.config.losses).items()}
-        return given or losses.get(target, "l1")
 
     def run(self) -> DistillResult:
         """Train, and leave the student as it runs best."""
@@ -215,7 +154,6 @@ class _Stage:
             self.student, [pupil.parameters for pupil in pupils if pupil.parameters], config
         )
         if state is None:
-            self._choose_losses()
             start_error = self._start()
             first, seconds = 0, 0.0
             self.compute.equalise([v for pupil in pupils for v in pupil.operator.state_dict().values()])
@@ -285,7 +223,7 @@ class _Stage:
             return self.family.taps(self.reference, batch.x_t, batch.t, batch.cond, paths)
 
     def _update(
-        self, step: int, active: list[_Pupil], optimizer: Optimizers, cache: ActivationCache | None
+        self, step: int, active: list[Pupil], optimizer: Optimizers, cache: ActivationCache | None
     ) -> dict[str, Tensor]:
         """One optimizer step of all operators that still learn; this process's part of their losses."""
         config, compute = self.config, self.compute
@@ -343,23 +281,6 @@ class _Stage:
         total = self.compute.sum(torch.tensor(list(totals.values()), device=self.compute.device))
         return dict(zip(totals, total.tolist(), strict=True))  # the same on all processes: they rest together
 
-    def _choose_losses(self) -> None:
-        """Settle `loss: auto` by the activations file, or by the donors' outputs on the calibration samples."""
-        waiting = {pupil.path: pupil for pupil in self.pupils if pupil.loss == "auto"}
-        if not waiting:
-            return
-
-        def outputs() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-            for taps in self._calibration(list(waiting)):
-                found = {path: waiting[path].gated(tap.output, tap) for path, tap in taps.items()}
-                yield torch.zeros(len(next(iter(found.values()))), dtype=torch.int64), found
-
-        chosen, efficiency = settle_losses(list(waiting), outputs, self.config.activations)
-        for path, pupil in waiting.items():
-            pupil.loss = chosen[path]
-        record = {"stage": STAGE, "step": 0, "event": "loss", "loss": chosen}
-        self.journal.log(record | ({"median_efficiency": efficiency} if efficiency else {}))
-
     def _calibration(self, paths: list[str]) -> Iterator[dict[str, Tap]]:
         """The teacher's taps on the calibration samples, a batch at a time."""
         batches = Batches(
@@ -371,64 +292,18 @@ class _Stage:
             yield self.taps(batches.at(chunk), paths)
 
     def _start(self) -> dict[str, dict[str, float]]:
-        """Fit the readouts (donor starts) and log the error at step 0 of random, copied and fitted operators."""
-        config = self.config
-        found: dict[str, dict[str, float]] = {"random": self.errors(self._random())}
-        started = [pupil for pupil in self.pupils if pupil.entry.init == "donor"]
-        operators_, groups = (
-            {p.path: p.operator for p in started if isinstance(p.entry, kind)}
-            for kind in (Replace, Parallelize)
-        )
-        if started:
-            found["copied"] = self.errors(operators_ | groups)
-            if config.fit_readout:
-                # A merge is fitted to branches that hold their fitted operators.
-                found["fitted"] = self._fit_where_better(operators_) | self._fit_where_better(groups)
+        """Losses settled, readouts fitted; logs the error at step 0 of random, copied and fitted operators."""
+        chosen = choose_losses(self.pupils, self._calibration, self.config.activations)
+        if chosen is not None:
+            self.journal.log({"stage": STAGE, "step": 0, "event": "loss", **chosen})
+        found = start_pupils(
+            self.family, self.student, self.teacher, self.pupils, self.config, self.errors, self._calibration,
+            self.compute.device,
+        )  # fmt: skip
         self.journal.log({"stage": STAGE, "step": 0, "event": "start", "error": found})
         if self.validation:
             self._note_best(0, self.errors())
         return found
-
-    def _random(self) -> dict[str, nn.Module]:
-        """Every pupil from a random start: a new operator, or a group under a random merge."""
-        record = record_of(self.student)
-        seed = record.seed if record else 0
-        donors = {site.path: site for site in self.family.sites(self.teacher)}
-        found: dict[str, nn.Module] = {}
-        for pupil in self.pupils:
-            if isinstance(pupil.entry, Replace):
-                found[pupil.path] = make_operator(
-                    self.family, donors[pupil.path], pupil.entry, seed, init="random"
-                )
-            elif isinstance(pupil.operator, BlockGroup):
-                found[pupil.path] = randomly_merged(pupil.operator, pupil.path, seed)
-        return found
-
-    def _fit_where_better(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Fit the readouts; one whose held-out error grew goes back to the copy (a wider MLP is exact as copied)."""
-        if not modules:
-            return {}
-        copied = self.errors(modules)
-        before = {path: copy.deepcopy(module.state_dict()) for path, module in modules.items()}
-        self._fit(modules)
-        fitted = self.errors(modules)
-        for path, module in modules.items():
-            if fitted[path] > copied[path]:
-                module.load_state_dict(before[path])
-                fitted[path] = copied[path]
-        return fitted
-
-    def _fit(self, modules: Mapping[str, nn.Module]) -> None:
-        """Ridge least squares of every readout on one calibration batch."""
-        fits = {
-            path: ReadoutFit(module, self.compute.device)
-            for path, module in modules.items() if isinstance(module, (operators.Operator, BlockGroup))
-        }  # fmt: skip
-        for taps in self._calibration(list(fits)):
-            for path, tap in taps.items():
-                fits[path].add(Tap(tap.input.float(), tap.output.float(), None, tap.cond))
-        for fit in fits.values():
-            fit.solve(self.config.fit_ridge)
 
     def _validate(self, step: int) -> None:
         if not self.validation:
@@ -438,19 +313,8 @@ class _Stage:
         self._note_best(step, errors)
 
     def _note_best(self, step: int, errors: Mapping[str, float]) -> None:
-        config = self.config
         for pupil in self.pupils:
-            if pupil.rested_at is not None:
-                continue
-            error = errors[pupil.path]
-            progress = error < pupil.best * (1 - config.early_stop_tolerance)
-            if error < pupil.best:
-                pupil.best, pupil.best_step = error, step
-                if config.keep_best:
-                    pupil.best_state = {k: v.detach().clone() for k, v in pupil.operator.state_dict().items()}
-            pupil.stale = 0 if progress else pupil.stale + 1
-            if config.early_stop and pupil.stale >= config.early_stop and step < config.steps:
-                pupil.rested_at = step
+            if pupil.rested_at is None and pupil.note(step, errors[pupil.path], self.config):
                 self.journal.log(
                     {"stage": STAGE, "step": step, "event": "rest", "path": pupil.path, "error": pupil.best}
                 )
@@ -469,24 +333,14 @@ class _Stage:
             "step": step, "seconds": seconds, "start_error": start_error, "optimizer": optimizer.state_dict(),
             "skipped": self.bad.skipped, "in_a_row": self.bad.in_a_row,
             "unlogged": dict(unlogged or {}),  # losses since the last line of the log
-            "pupils": {
-                pupil.path: {
-                    "state": pupil.operator.state_dict(), "best": pupil.best, "best_step": pupil.best_step,
-                    "best_state": pupil.best_state, "stale": pupil.stale, "rested_at": pupil.rested_at,
-                    "loss": pupil.loss,
-                } for pupil in self.pupils
-            },
+            "pupils": {pupil.path: pupil.state() for pupil in self.pupils},
         }, self.config.keep_checkpoints)  # fmt: skip
 
     def _restore(
         self, state: dict[str, Any], optimizer: Optimizers
     ) -> tuple[dict[str, dict[str, float]], int, float]:
         for pupil in self.pupils:
-            saved = state["pupils"][pupil.path]
-            pupil.operator.load_state_dict(saved["state"])
-            pupil.best, pupil.best_step, pupil.stale = saved["best"], saved["best_step"], saved["stale"]
-            pupil.best_state, pupil.rested_at = saved["best_state"], saved["rested_at"]
-            pupil.loss = saved["loss"]
+            pupil.restore(state["pupils"][pupil.path])
         optimizer.load_state_dict(state["optimizer"])
         self.bad = BadSteps(self.compute.device, state["skipped"], state["in_a_row"])
         return state["start_error"], state["step"], state["seconds"]

@@ -1,0 +1,113 @@
+"""The first act of stage 1: regression losses that were left open are settled, and readouts are fitted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafting.depth import randomly_merged
+from grafting.families import Family, Tap
+from grafting.models.groups import BlockGroup
+from grafting.operators import Operator
+from grafting.plan import Parallelize, Replace
+from grafting.surgery import make_operator, record_of
+from grafting.training.config import DistillConfig
+from grafting.training.initialization import ReadoutFit
+from grafting.training.loss_choice import settle_losses
+from grafting.training.pupils import Pupil
+
+Errors = Callable[[Mapping[str, nn.Module]], dict[str, float]]  # modules by path -> held-out errors
+Calibration = Callable[
+    [list[str]], Iterator[dict[str, Tap]]
+]  # paths -> the teacher's taps, a batch at a time
+
+
+def choose_losses(
+    pupils: Sequence[Pupil], calibration: Calibration, activations: str | None
+) -> dict[str, Any] | None:
+    """Settle `loss: auto` by the activations file, or by the donors' outputs on the calibration samples.
+
+    What the log says of it: the loss by path, and the figure that it was chosen by; None if nothing was open.
+    """
+    waiting = {pupil.path: pupil for pupil in pupils if pupil.loss == "auto"}
+    if not waiting:
+        return None
+
+    def outputs() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for taps in calibration(list(waiting)):
+            found = {path: waiting[path].gated(tap.output, tap) for path, tap in taps.items()}
+            yield torch.zeros(len(next(iter(found.values()))), dtype=torch.int64), found
+
+    chosen, efficiency = settle_losses(list(waiting), outputs, activations)
+    for path, pupil in waiting.items():
+        pupil.loss = chosen[path]
+    return {"loss": chosen} | ({"median_efficiency": efficiency} if efficiency else {})
+
+
+def start_pupils(
+    family: Family, student: nn.Module, teacher: nn.Module, pupils: Sequence[Pupil], config: DistillConfig,
+    errors: Errors, calibration: Calibration, device: torch.device,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Fit the readouts (donor starts) in place; errors at step 0 of random, copied and fitted pupils, by path."""
+    found = {"random": errors(_random(family, student, teacher, pupils))}
+    started = [pupil for pupil in pupils if pupil.entry.init == "donor"]
+    replaced, groups = (
+        {p.path: p.operator for p in started if isinstance(p.entry, kind)} for kind in (Replace, Parallelize)
+    )
+    if started:
+        found["copied"] = errors(replaced | groups)
+        if config.fit_readout:
+            # A merge is fitted to branches that hold their fitted operators.
+            found["fitted"] = {}
+            for modules in (replaced, groups):
+                found["fitted"] |= _fit_where_better(modules, errors, calibration, config.fit_ridge, device)
+    return found
+
+
+def _random(
+    family: Family, student: nn.Module, teacher: nn.Module, pupils: Sequence[Pupil]
+) -> dict[str, nn.Module]:
+    """Every pupil from a random start: a new operator, or a group under a random merge."""
+    record = record_of(student)
+    seed = record.seed if record else 0
+    donors = {site.path: site for site in family.sites(teacher)}
+    found: dict[str, nn.Module] = {}
+    for pupil in pupils:
+        if isinstance(pupil.entry, Replace):
+            found[pupil.path] = make_operator(family, donors[pupil.path], pupil.entry, seed, init="random")
+        elif isinstance(pupil.operator, BlockGroup):
+            found[pupil.path] = randomly_merged(pupil.operator, pupil.path, seed)
+    return found
+
+
+def _fit_where_better(
+    modules: Mapping[str, nn.Module],
+    errors: Errors,
+    calibration: Calibration,
+    ridge: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """Fit the readouts; one whose held-out error grew goes back to the copy (a wider MLP is exact as copied)."""
+    if not modules:
+        return {}
+    copied = errors(modules)
+    before = {path: copy.deepcopy(module.state_dict()) for path, module in modules.items()}
+    fits = {
+        path: ReadoutFit(module, device)
+        for path, module in modules.items() if isinstance(module, (Operator, BlockGroup))
+    }  # fmt: skip
+    for taps in calibration(list(fits)):
+        for path, tap in taps.items():
+            fits[path].add(Tap(tap.input.float(), tap.output.float(), None, tap.cond))
+    for fit in fits.values():
+        fit.solve(ridge)
+    fitted = errors(modules)
+    for path, module in modules.items():
+        if fitted[path] > copied[path]:
+            module.load_state_dict(before[path])
+            fitted[path] = copied[path]
+    return fitted
