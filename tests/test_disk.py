@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import tiny_pipeline
 
-from grafting.errors import RunError
+from grafting.errors import CheckpointError, RunError
+from grafting.runs import RunFolder
 from grafting.training import cache as caches
 
 CACHED = {"mode": "cached", "cache_samples": 12}
@@ -63,3 +66,48 @@ def test_a_disk_too_full_for_stored_activations_is_one_error(
     ):
         pipeline.distill()
     assert list((tmp_path / "run" / "cache").iterdir()) == []
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("room", [0, 1, 3000, 40_000, 390_000])
+def test_a_checkpoint_that_finds_no_room_is_one_error_and_leaves_the_others(
+    tmp_path: Path, room: int
+) -> None:
+    """A real refusal by the system, at the first byte, in the archive's head, in its tensors, in its last bytes."""
+    run = RunFolder(tmp_path)
+    state = {"step": 1, "x": torch.randn(100_000)}
+    run.save_checkpoint("s", 1, state, keep=2)
+    before = written(tmp_path / "checkpoints" / "s")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"^can't write .*/000000002\.pt': File too large$"):
+            run.save_checkpoint("s", 2, {**state, "step": 2}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert written(tmp_path / "checkpoints" / "s") == before
+    assert run.load_checkpoint("s")["step"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EPERM, errno.EIO, errno.ESTALE])
+def test_a_folder_that_takes_nothing_any_more_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Root may write anywhere, so the refusal is put where the system would put it."""
+    run = RunFolder(tmp_path)
+    run.save_checkpoint("s", 1, {"step": 1}, keep=2)
+    before = written(tmp_path / "checkpoints" / "s")
+
+    def refuse(*given: Any, **rest: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("grafting.formats.weights.tempfile.mkstemp", refuse)
+    with pytest.raises(CheckpointError, match=f"can't write .*000000002.*: {os.strerror(number)}"):
+        run.save_checkpoint("s", 2, {"step": 2}, keep=2)
+    monkeypatch.undo()
+    assert written(tmp_path / "checkpoints" / "s") == before
+    monkeypatch.setattr("grafting.runs.metrics.os.open", refuse)
+    with pytest.raises(RunError, match=rf"can't write .*metrics\.jsonl': {os.strerror(number)}"):
+        run.log({"stage": "s", "step": 2})

@@ -32,7 +32,12 @@ def save_checkpoint(
     path.unlink(missing_ok=True)
     with weights.new_file(path) as file:
         hashed: Any = _Hashed(file)
-        torch.save(dict(state), hashed)
+        try:
+            torch.save(dict(state), hashed)
+        except RuntimeError:  # PyTorch's archive, which can't end either, hides the error of the disk
+            if hashed.error is not None:
+                raise hashed.error from None
+            raise
         file.flush()
         weights.write_json(path.with_suffix(".json"), {
             "version": VERSION, "step": step, "size": hashed.size, "sha256": hashed.digest.hexdigest(), "score": score,
@@ -113,11 +118,16 @@ class _Hashed:
 
     def __init__(self, file: Any) -> None:
         self.file, self.size, self.digest = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
         self.size += len(data)
-        return int(self.file.write(data))
+        try:
+            return int(self.file.write(data))
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
