@@ -143,3 +143,62 @@ def edited_paths(student: nn.Module) -> list[str]:
     from grafting.surgery import edited_sites
 
     return list(edited_sites(student))
+
+
+REAL_SIZE = [
+    "pixart-sigma-2k", "depth-to-width", "table4/mha-hyena_x-50", "table4/mha-mamba2-75", "table4/mlp-r6-50",
+    "table4/mlp-hyena_x-50", "data-scale/mha-self-data0.63",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL_SIZE)
+def test_recipes_of_real_size_are_rehearsed_without_weights(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One of each kind; sizes and times are stubbed here, and docs/costs.md has them."""
+    from grafting import rehearsal
+    from grafting.analysis import pace
+    from grafting.pipeline import Pipeline
+    from grafting.recipes import load_recipe
+    from grafting.runs import RunFolder
+
+    for stage in ("distill", "finetune", "sample"):
+        monkeypatch.setattr(pace, f"{stage}_seconds", lambda *_, **__: 60.0)
+    monkeypatch.setattr(rehearsal, "stage_memory", lambda *_: {"weights": 10**9, "total": 10**18})
+    recipe = load_recipe(name, [] if "/" not in name else ["preset=paper"])
+    found = rehearsal.rehearse(Pipeline(recipe, RunFolder(tmp_path / "run"), "cpu"))
+    lines = list(rehearsal.in_words(found))
+    assert any(line.startswith("missing: model: the weights of ") for line in lines)
+    assert any(line.startswith("missing: data: ") for line in lines)
+    if name == "depth-to-width":
+        assert any("not estimated for groups of blocks" in note for note in found["notes"])
+        return
+    assert set(found["stages"]) == {"distill", "finetune", "sample"}
+    assert any("finetune does not fit: lower finetune.micro_batch" in line for line in lines)
+    assert found["disk_bytes"]["graft"] > 10**6
+    assert not found["notes"] or "GPU" in found["notes"][0]
+
+
+def test_every_recipe_of_real_size_resolves() -> None:
+    """Their plans match the models that they name; layers by locality need the file of `graft locality`."""
+    from functools import cache
+
+    from grafting.errors import PlanError
+    from grafting.loading import load_model
+    from grafting.recipes import experiments, load_recipe
+    from grafting.rehearsal import ARCHITECTURES
+    from grafting.surgery import match
+
+    bare, seen = cache(lambda source: load_model(source, device="meta")), set()
+    for study in ("table4", "objectives", "data-scale", "layer-choice"):
+        for row in experiments()[study]:
+            recipe = load_recipe(f"{study}/{row}", ["preset=paper"])
+            if (key := str(recipe.graft_plan)) in seen:
+                continue
+            seen.add(key)
+            if "local" in row and "interleaved" not in row:
+                with pytest.raises(PlanError, match="graft locality"):
+                    match(bare(ARCHITECTURES[recipe.model]), recipe.graft_plan, recipe.locality)
+            else:
+                match(bare(ARCHITECTURES[recipe.model]), recipe.graft_plan, recipe.locality)
+    assert len(seen) > 25

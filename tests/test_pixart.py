@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import grafting
 from grafting import GraftPlan, Replace
+from grafting.analysis.latency import amdahl
 from grafting.conditioning import Caption
 from grafting.diffusion import sample
 from grafting.errors import CheckpointError, DataError, GraftError, OperatorError
@@ -260,6 +261,9 @@ def test_the_2k_model_in_numbers() -> None:
     saved = explanation.flops_per_image[0] - explanation.flops_per_image[1]
     hyena = 2 * tokens * width + 8 * tokens * width**2 + 2 * 4 * 3 * tokens * width
     assert saved == pytest.approx(14 * (found["sites"][0]["flops"] - hyena))
+    assert explanation.flops_per_image == pytest.approx((52.61e12, 35.18e12), abs=5e9)
+    assert found["share_of_flops"]["mha"] == pytest.approx(0.7556, abs=1e-3)
+    assert amdahl(14 / 28 * found["share_of_flops"]["mha"]) == pytest.approx(1.607, abs=2e-3)
 
 
 def test_flops_are_those_that_torch_counts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ def load_pipeline(
     transformer = load_model(folder, device=device, dtype=dtype).eval()
     given = {"torch_dtype": dtype} if dtype else {}
     try:
-        pipeline: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
-            str(home), transformer=transformer, **given
-        )
+        with warnings.catch_warnings():  # newer versions want `dtype`, older ones don't know it
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            pipeline: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
+                str(home), transformer=transformer, **given
+            )
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"can't load the pipeline {str(home)!r}: {reason[:200]}") from None

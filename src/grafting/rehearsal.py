@@ -42,9 +42,12 @@ ARCHITECTURES = {
 VAE_SIDE = 8  # pixels per latent
 
 
-def rehearse(pipeline: Pipeline, *, processes: int = 1) -> dict[str, Any]:
+def rehearse(
+    pipeline: Pipeline, *, processes: int = 1, watches: dict[str, pace.Stopwatch] | None = None
+) -> dict[str, Any]:
     """Check what can be checked, and estimate memory, time and disk on the pipeline's device.
 
+    watches: precision -> what was timed before; filled, so that several recipes time an operator once.
     {"plan": {"summary", "rows", "model"}, "missing": [...], "device", "stages": {stage: {"memory": {part: bytes},
     "seconds", "precision"}}, "disk_bytes", "notes"}. Raises GraftError for what the run would refuse; files that are
     not here are `missing`.
@@ -65,7 +68,9 @@ def rehearse(pipeline: Pipeline, *, processes: int = 1) -> dict[str, Any]:
         notes.append(f"memory, time and disk are not estimated for {unknown} yet")
     else:
         try:
-            stages = _stages(recipe, bare, explanation.plan, device, processes)
+            stages = _stages(
+                recipe, bare, explanation.plan, device, processes, {} if watches is None else watches
+            )
             disk = _disk(recipe, bare, explanation.plan)
         except Exception as error:  # an operator whose kernels can't be run without values
             first = next(iter(str(error).splitlines()), "")[:160]
@@ -145,15 +150,15 @@ def _check_evaluation(pipeline: Pipeline, missing: list[str]) -> None:
 
 
 def _stages(
-    recipe: Recipe, teacher: nn.Module, plan: GraftPlan, device: torch.device, processes: int
-) -> dict[str, Any]:
+    recipe: Recipe, teacher: nn.Module, plan: GraftPlan, device: torch.device, processes: int,
+    watches: dict[str, pace.Stopwatch],
+) -> dict[str, Any]:  # fmt: skip
     """Memory and seconds of each stage that the recipe has."""
     found: dict[str, Any] = {}
     dtype = next(teacher.parameters()).dtype
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else dtype
-    teacher = teacher.to(dtype)
+    teacher = nn.Module.to(teacher, dtype=dtype)  # diffusers' own warns of what it would not do
     student = graft(teacher, plan)
-    watches: dict[str, pace.Stopwatch] = {}
 
     def note(stage: str, given: str, size: int, seconds: Callable[[pace.Stopwatch], float]) -> None:
         precision = make_compute(device, given).precision

@@ -29,7 +29,7 @@ from grafting.diffusion import sample
 from grafting.errors import DataError, GraftError, RunError
 from grafting.families import family_of
 from grafting.formats import weights
-from grafting.formats.pipeline_folder import check_schedule, find_pipeline
+from grafting.formats.pipeline_folder import check_schedule, check_size, find_pipeline
 from grafting.loading import load_model
 from grafting.text_inputs import at_size
 from grafting.training.compute import Compute
@@ -80,6 +80,7 @@ def synthesize(
     else:
         folder, found = find_pipeline(source), read_prompts(prompts)
         check_schedule(folder)
+        check_size(folder, settings.height, settings.width)  # before captions are encoded
     chosen = [found[i % len(found)] for i in range(settings.num)]
     job = _Job(
         source, folder, chosen, str(prompts), out, settings, compute, dtype, progress or _silent, encoded

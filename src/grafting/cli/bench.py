@@ -14,10 +14,10 @@ from grafting.cli.options import Json
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="operators, stage1, stage2, sample, depth or all.")],
+    what: Annotated[str, typer.Argument(help="operators, stage1, stage2, sample, depth, stage1-memory or all.")],
     size: Annotated[
         str | None,
-        typer.Option(help="operators: XL-4096, PixArt-2K; others: dit-fashion, or a DiT: XL/2-256; all: real, tiny."),
+        typer.Option(help="operators: XL-4096, PixArt-2K; others: dit-fashion, or an arch; all: real, tiny."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="stage2: samples per forward pass.")] = None,
@@ -53,6 +53,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
         "operator", "part", "seconds", "baseline", "baseline_seconds", "ratio", "flop_ceiling", "share_of_copy",
         "share_of_matmul",
     ),
+    "stage1-memory": ("way", "operators", "weights", "optimizer", "activations", "total", "ratio"),
     "depth": ("branches", "mode", "depth", "params", "flops_per_image", "median_ms", "speedup", "share_of_matmul"),
     "stage2": ("loop", "precision", "seconds", "images_per_s", "ratio", "share_of_matmul"),
     "sample": ("model", "mode", "precision", "seconds", "images_per_s", "ratio", "share_of_matmul"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from grafting.errors import CheckpointError
+from grafting.errors import CheckpointError, GraftError
 from grafting.formats import weights
 from grafting.formats.graft_folder import MANIFEST, is_graft_folder
 from grafting.surgery import record_of, source_of
@@ -106,6 +106,26 @@ def vae_factor(folder: Path) -> int:
     if not isinstance(channels, list) or not channels:
         raise CheckpointError(f"{config} does not say block_out_channels, so the size of latents is unknown")
     return 2 ** (len(channels) - 1)
+
+
+def check_size(folder: Path, height: int | None, width: int | None) -> None:
+    """Raise GraftError for sides in pixels that make no whole patches of the transformer; None is its own size."""
+    factor, patch = vae_factor(folder), 1
+    config, graft = folder / "transformer" / "config.json", folder / "transformer" / MANIFEST
+    if config.is_file():
+        patch = weights.read_json(config, "transformer").get("patch_size")
+    elif graft.is_file():
+        patch = (weights.read_json(graft, "graft").get("architecture") or {}).get("patch_size")
+    patch = patch if isinstance(patch, int) and patch > 0 else 1
+    for name, side in (("height", height), ("width", width)):
+        if side is None or not side % (factor * patch):
+            continue
+        what = (
+            f"the VAE makes {factor}x{factor} pixels of a latent"
+            if side % factor
+            else f"{side // factor} latents do not fit patches of {patch}x{patch}"
+        )
+        raise GraftError(f"{name}={side}: {what}; give a multiple of {factor * patch}")
 
 
 def check_schedule(folder: Path) -> None:

@@ -22,6 +22,8 @@ TRITON = importlib.util.find_spec("triton") is not None
 
 def available(u: Tensor, weight: Tensor | None, inner: Tensor | None) -> bool:
     """Whether `gates` is for a projection u [B, N, 3D] and these filters; else the plain form has to do."""
+    if any(filter_ is not None and filter_.device != u.device for filter_ in (weight, inner)):
+        return False  # weights that come for their own module's pass alone: sequential CPU offload
     if u.device.type == "cuda":
         taps = max(filter_.shape[-1] for filter_ in (weight, inner) if filter_ is not None)
         real = torch.compiler.is_compiling() or type(u) in (Tensor, torch.nn.Parameter)

@@ -74,3 +74,11 @@ class DepthwiseFilter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}, kernel_size={self.weight.shape[-1]}"
+
+
+class ChannelFilter(DepthwiseFilter):
+    """One filter per token, along the channels: x [B, N, C] of exactly `channels` = N tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Filter x [B, N, C] along the channels, causally."""
+        return causal_channel_filter(x, self.weight, self.bias)

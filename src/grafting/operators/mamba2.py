@@ -102,7 +102,8 @@ class Mamba2(Operator):
 
     def _filtered(self, x: Tensor) -> Tensor:
         """SiLU of the featurizer, [B, N, inner + 2 d_state]."""
-        fast = installed.filter_silu_for(x, self.conv1d.weight.shape[-1])
+        weight = self.conv1d.weight  # elsewhere under sequential CPU offload: then its own pass brings it
+        fast = installed.filter_silu_for(x, weight.shape[-1]) if weight.device == x.device else None
         return F.silu(self.conv1d(x)) if fast is None else fast(x, self.conv1d.weight, self.conv1d.bias)
 
     def cost(self, num_tokens: int) -> Cost:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grafting.errors import OperatorError
 from grafting.operators.base import Cost, Donor, MLPDonor, Operator, assign, linear, num_params
-from grafting.operators.filters import DepthwiseFilter, causal_channel_filter
+from grafting.operators.filters import ChannelFilter
 from grafting.operators.registry import register
 
 GELU_SLOPE = 0.2  # the tangent at 0 has 0.28; less is nearer for |u| up to 3
@@ -99,7 +99,7 @@ class MLPHyenaX(Operator):
         hidden = hidden_width("mlp_hyena_x", dim, ratio)
         self.num_tokens = num_tokens
         self.in_proj = linear(dim, 3 * hidden)
-        self.short_filter = DepthwiseFilter(num_tokens, kernel_size)
+        self.short_filter = ChannelFilter(num_tokens, kernel_size)
         self.out_proj = linear(hidden, dim)
 
     def _check_tokens(self, num_tokens: int) -> None:
@@ -111,7 +111,7 @@ class MLPHyenaX(Operator):
 
     def mix(self, x: Tensor) -> Tensor:
         self._check_tokens(x.shape[1])
-        u = causal_channel_filter(self.in_proj(x), self.short_filter.weight, self.short_filter.bias)
+        u = self.short_filter(self.in_proj(x))
         q, k, v = u.chunk(3, dim=-1)  # each [B, N, rD]
         return q * k * v
 
