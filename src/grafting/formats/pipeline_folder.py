@@ -110,13 +110,13 @@ def vae_factor(folder: Path) -> int:
 
 def check_size(folder: Path, height: int | None, width: int | None) -> None:
     """Raise GraftError for sides in pixels that make no whole patches of the transformer; None is its own size."""
-    factor, patch = vae_factor(folder), 1
+    factor, said = vae_factor(folder), None
     config, graft = folder / "transformer" / "config.json", folder / "transformer" / MANIFEST
     if config.is_file():
-        patch = weights.read_json(config, "transformer").get("patch_size")
+        said = weights.read_json(config, "transformer").get("patch_size")
     elif graft.is_file():
-        patch = (weights.read_json(graft, "graft").get("architecture") or {}).get("patch_size")
-    patch = patch if isinstance(patch, int) and patch > 0 else 1
+        said = (weights.read_json(graft, "graft").get("architecture") or {}).get("patch_size")
+    patch = said if isinstance(said, int) and said > 0 else 1
     for name, side in (("height", height), ("width", width)):
         if side is None or not side % (factor * patch):
             continue
