@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ def test_a_disk_too_full_for_stored_activations_is_one_error(
     assert list((tmp_path / "run" / "cache").iterdir()) == []
 
 
+def test_a_folder_taken_away_inside_a_checkpoint_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    save = torch.save
+
+    def save_and_lose(state: Any, file: Any) -> None:
+        save(state, file)
+        shutil.rmtree(run.path)
+
+    monkeypatch.setattr(torch, "save", save_and_lose)
+    with pytest.raises(CheckpointError, match=r"can't write .*000000001\.pt': No such file or directory"):
+        run.save_checkpoint("s", 1, {"step": 1}, keep=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def written(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -111,3 +129,37 @@ def test_a_folder_that_takes_nothing_any_more_is_one_error(
     monkeypatch.setattr("grafting.runs.metrics.os.open", refuse)
     with pytest.raises(RunError, match=rf"can't write .*metrics\.jsonl': {os.strerror(number)}"):
         run.log({"stage": "s", "step": 2})
+
+
+def test_pairs_whose_process_was_killed_before_the_manifest_can_be_gone_on_with(tmp_path: Path) -> None:
+    from grafting.data.prompts import Prompt
+    from grafting.synthesis import Synthesis, _Job
+    from grafting.training.compute import Compute
+
+    out = tmp_path / "pairs"
+    compute = Compute(torch.device("cpu"), "fp32")
+    job = _Job(
+        "m",
+        tmp_path,
+        [Prompt(1, "a cat")],
+        "p",
+        out,
+        Synthesis(num=1),
+        compute,
+        None,
+        lambda *given: None,
+        None,
+    )
+    out.mkdir()
+    (out / ".captions.jsonl.x.tmp").write_text("half")
+    (out / "captions.jsonl").write_text("{}\n")
+    with pytest.raises(RunError, match="not an empty folder"):
+        job.begin(resume=False)
+    (out / "mine.txt").write_text("notes")
+    with pytest.raises(RunError, match="not an empty folder"):
+        job.begin(resume=True)
+    (out / "mine.txt").unlink()
+    job.begin(resume=True)
+    assert "a cat" in (out / "captions.jsonl").read_text()
+    with pytest.raises(RunError, match="go on with --resume"):
+        job.begin(resume=False)

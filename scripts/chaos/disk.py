@@ -6,8 +6,7 @@
 Three runs of a miniature, each stopped by the disk in the middle of stage 2, after its first checkpoints. Expected of
 each: exit status 2, one `error:` line that names a file, no other noise; the checkpoints that were there before load;
 and with the disk back, `--resume` ends with the weights of an undisturbed run; where the folder is gone, nothing but
-a note of the error (status.json) is put there again. Prints a
-JSON object; exit status 1 if anything is otherwise.
+a note of the error (status.json) is put there again. Prints a JSON object; exit status 1 if anything is otherwise.
 """
 
 from __future__ import annotations

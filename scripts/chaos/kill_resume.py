@@ -3,6 +3,7 @@
     python scripts/chaos/kill_resume.py                        # stages 1 and 2 of a miniature, 25 times SIGKILL
     python scripts/chaos/kill_resume.py --case cached          # the same with stored activations in stage 1
     python scripts/chaos/kill_resume.py --case study           # rows of a study
+    python scripts/chaos/kill_resume.py --case synthesize      # pairs of a tiny text-to-image pipeline
     python scripts/chaos/kill_resume.py -- synthesize ...      # any command of graft; OUT stands for its folder
     python scripts/chaos/kill_resume.py --signal TERM --kills 6
 
@@ -67,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"))
-    parser.add_argument("--case", default="run", choices=("run", "cached", "study"))
+    parser.add_argument("--case", default="run", choices=("run", "cached", "study", "synthesize"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep the folders here")
     parser.add_argument("command", nargs="*", help="a command of graft, with OUT for its folder")
@@ -147,6 +148,14 @@ def default_command(case: str, folder: Path) -> list[str]:
 
     if case == "study":
         return [*STUDY, *(part for setting in STUDY_SETTINGS for part in ("--set", setting))]
+    if case == "synthesize":
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+        from pixart_tools import save_tiny_pipeline
+
+        save_tiny_pipeline(folder / "pipeline")
+        (folder / "prompts.txt").write_text("the red cat\nthe blue moon\ngreen sun\n")
+        return ["synthesize", str(folder / "pipeline"), "--prompts", str(folder / "prompts.txt"), "--num", "24",
+                "--steps", "4", "--shard-size", "2", "--out", "OUT"]  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = DiT(DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=4, num_heads=4,
@@ -218,7 +227,7 @@ def alive(process: int) -> bool:
 
 
 def progress(folder: Path) -> int:
-    """How far a run is: lines of its logs, and twenty for each stage that is done."""
+    """How far a run is: lines of its logs, and twenty for each stage, or file of synthetic pairs, that is done."""
     lines = stages = 0
     for path in folder.rglob("metrics.jsonl"):
         with contextlib.suppress(OSError):
@@ -226,6 +235,8 @@ def progress(folder: Path) -> int:
     for path in folder.rglob("run.json"):
         with contextlib.suppress(OSError, ValueError):
             stages += len(json.loads(path.read_bytes())["stages"])
+    if (folder / "captions.jsonl").exists():
+        stages += sum(not path.name.startswith(".") for path in folder.glob("*.safetensors"))
     return lines + 20 * stages
 
 
@@ -241,7 +252,7 @@ def partial(folder: Path) -> list[str]:
 
 def files(folder: Path) -> dict[str, Path]:
     """What is compared: everything but pages, pictures, locks and the note of where a run stands."""
-    left_out = {"report.html", "study.html", "status.json", "run.lock"}
+    left_out = {"report.html", "study.html", "quality.html", "status.json", "run.lock"}
     return {
         str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))

@@ -126,11 +126,21 @@ class _Job:
                     f"{str(self.out)!r} was begun already; go on with --resume, or give another --out"
                 )
         elif self.compute.is_main:
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if self.out.exists() and not (
+                self.out.is_dir() and all(map(self.is_ours(resume), self.out.iterdir()))
+            ):
                 raise RunError(f"{str(self.out)!r} is not an empty folder; give another --out")
             lines = "".join(json.dumps({"caption": prompt.text}) + "\n" for prompt in self.prompts)
             weights.write_bytes(self.out / "captions.jsonl", lines.encode())
             self.write_manifest(shape=[0, 0, 0], caption_width=0, num_tokens=0, files={}, complete=False)
+
+    @staticmethod
+    def is_ours(resume: bool) -> Callable[[Path], bool]:
+        """Whether a file can be of a job that was killed before it had a manifest: such a job may be gone on with."""
+        return lambda path: (
+            resume
+            and (path.name == "captions.jsonl" or (path.name.startswith(".") and path.suffix == ".tmp"))
+        )
 
     def protocol(self) -> dict[str, Any]:
         texts = "\n".join(prompt.text for prompt in self.prompts)
@@ -269,6 +279,8 @@ class _Job:
         """Hash every file, write the manifest and the page."""
         from grafting.report.captions import write_quality_page
 
+        for path in self.out.glob(".*.tmp"):  # of a process that was killed; nobody writes any more
+            path.unlink(missing_ok=True)
         null = weights.read_safetensors(self.out / "null.safetensors")
         names = [
             name(shard)

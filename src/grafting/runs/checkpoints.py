@@ -5,7 +5,9 @@ The manifest comes first, then the checkpoint under its name: one that is there 
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ def save_checkpoint(
                 raise hashed.error from None
             raise
         file.flush()
+        if not folder.is_dir():  # taken away meanwhile: the manifest must not make it anew
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         weights.write_json(path.with_suffix(".json"), {
             "version": VERSION, "step": step, "size": hashed.size, "sha256": hashed.digest.hexdigest(), "score": score,
         })  # fmt: skip
