@@ -44,11 +44,11 @@ STUDY = [
     "study",
     "demo-ablation",
     "--only",
-    "demo",
+    "both",
     "--only",
     "teacher",
     "--only",
-    "finetuned",
+    "teacher-finetuned",
     "--out",
     "OUT",
 ]
