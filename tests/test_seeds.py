@@ -78,3 +78,16 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path)
     for name in ("teacher.npz", "student.npz", "metrics.jsonl"):
         assert found["a"][name] != found["c"][name]
     assert found["a"].keys() != found["c"].keys()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [({"torch": "2.9", "gpu": "NVIDIA H100"}, "This run used a GPU, whose kernels may add in another order each time"),
+     ({"torch": "2.9"}, "the graft and the samples come out the same to the byte"), (None, "same to the byte")],
+)  # fmt: skip
+def test_the_report_says_what_was_not_deterministic(environment: Any, said: str) -> None:
+    from grafting.report.page import determinism
+
+    page = determinism(environment)
+    assert said in page
+    assert "Wall times are never the same twice." in page
