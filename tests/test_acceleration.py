@@ -182,6 +182,21 @@ def test_a_frozen_copy_computes_the_same_bits_under_autocast(teacher: nn.Module)
     assert frozen_copy(teacher, replace(BF16, precision="fp32")) is teacher
 
 
+def test_a_frozen_copy_of_a_text_to_image_model_too() -> None:
+    from pixart_tools import captions, latents, tiny_transformer
+
+    model = tiny_transformer()
+    family, copy = family_of(model), frozen_copy(model, BF16)
+    x, t, cond = latents(2), torch.tensor([3, 700]), captions(2)
+    with torch.no_grad(), BF16.autocast():
+        assert torch.equal(family.predict(copy, x, t, cond), family.predict(model, x, t, cond))
+        path = family.sites(model)[2].path
+        mine, right = (family.taps(m, x, t, cond, [path])[path] for m in (copy, model))
+    assert torch.equal(mine.output, right.output)
+    assert family.compilable(model, tapped=True) == []
+    assert len(family.compilable(model)) == 4
+
+
 def test_stages_in_bf16_end_at_the_same_bits_with_a_frozen_copy(
     teacher: nn.Module, data: ImageLabelDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ def compiled(
 
 
 def frozen_copy(model: nn.Module, compute: Compute) -> nn.Module:
-    """A model to call, never to train: under autocast the weights that it would cast at every call are cast once.
+    """A model to call, never to train: the linear weights that autocast would cast at every call are cast once.
 
     The values are those of autocast to the last bit. Other weights are shared with `model`, which stays as it is.
     """
@@ -56,7 +56,7 @@ def frozen_copy(model: nn.Module, compute: Compute) -> nn.Module:
         return model
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, nn.Linear):
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype == torch.float32:
                     memo[id(parameter)] = nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
