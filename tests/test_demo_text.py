@@ -282,6 +282,7 @@ def test_the_demo_on_a_tiny_model_and_after_a_kill(
     held = PackagedCaptions("emoji-held-out")
     assert all(f"<figcaption>{name}</figcaption>" in page for name in held.captions[:20])
     assert "Prompt alignment ratio" in page
+    assert "The data are 40 pairs that the teacher sampled itself" in page
     assert "alignment by chance 0.1111" in page
 
     shard = RunFolder.progress

@@ -109,7 +109,13 @@ def _training_table(run: RunRecord) -> Html:
     spent = ", ".join(
         f"{who} {duration(sampling.get(who))}" for who in ("teacher", "student") if who in sampling
     )
+    made = run.stage("synthesize")
+    pairs = (
+        f"The data are {count(finite(made.get('num')))} pairs that the teacher sampled itself, in "
+        f"{duration(finite(made.get('seconds')))}, which is not counted; no other data was trained on."
+    )
     return el(
         "div", data_table("What the edit cost to make.", columns, rows, total=len(rows) > 1), note(remark),
+        note(pairs) if made else None,
         note(f"Sampling took: {spent}. It is not part of the edit, and one timing is no benchmark.") if spent else None,
     )  # fmt: skip
