@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grafting import operators
-from grafting.kernels import band, gates, installed
+from grafting.kernels import band, gates, installed, trusted
 from grafting.kernels import gated_filter as kernel
 from grafting.kernels.self_check import agrees, normals
+from grafting.operators import mamba2
 from grafting.operators.attention import blocked_window_attention
 from grafting.operators.filters import causal_filter
 from grafting.operators.ssd import ssd
@@ -157,7 +158,7 @@ def test_a_compiled_operator_calls_the_triton_kernel(triton: Any, monkeypatch: p
     calls: list[bool] = []
 
     def available(u: Tensor, weight: Tensor | None, inner: Tensor | None) -> bool:
-        return gates._trusted(u.device, u.dtype, 2, weight is not None, inner is not None)
+        return trusted.gates_are(u.device, u.dtype, 2, weight is not None, inner is not None)
 
     operator = operators.build("hyena_x", dim=4, kernel_size=2).to(DEVICE)
     x = torch.randn(1, 5, 4, device=DEVICE, requires_grad=True)
@@ -274,7 +275,7 @@ def test_an_installed_scan_is_used_where_its_numbers_are_right(
     scan = installed.SCANS[place][2]
     called: list[int] = []
     monkeypatch.setattr(
-        installed, "scan_for", lambda u, state: lambda *given: (called.append(1), scan(*given))[1]
+        mamba2, "_installed_scan", lambda u, state: lambda *given: (called.append(1), scan(*given))[1]
     )
     torch.testing.assert_close(operator(x), right, rtol=1e-4, atol=1e-5)
     assert called

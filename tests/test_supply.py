@@ -21,7 +21,7 @@ def test_importing_touches_no_network_starts_nothing_and_imports_nothing_heavy()
     """As Python itself sees it: every socket, process, file and import, by an audit hook."""
     code = """
 import json, os, sys
-import torch, torch._dynamo  # what these do is their own
+import torch  # what it does is its own
 before = set(sys.modules)
 seen = []
 def watch(event, given):

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from grafting.kernels.self_check import agrees, normals
-
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -26,7 +24,11 @@ def available(q: Tensor) -> bool:
     if q.device.type != "cuda" or q.shape[2] <= BLOCK or q.shape[3] < MIN_WIDTH:
         return False
     real = torch.compiler.is_compiling() or type(q) in (Tensor, torch.nn.Parameter)
-    return real and _trusted(q.device, q.dtype, q.shape[3])
+    if not real:
+        return False
+    from grafting.kernels import trusted
+
+    return trusted.band_is(q.device, q.dtype, q.shape[3])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -65,23 +67,3 @@ def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
-
-
-@torch.compiler.assume_constant_result
-def _trusted(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    return _check(device, dtype, width)
-
-
-@cache
-def _check(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    from grafting.operators.attention import blocked_window_attention
-
-    shape = (1, 2, 2 * BLOCK + 37, width)
-    return agrees(
-        "FlexAttention for attention in a window",
-        lambda q, k, v: attention(q, k, v, 4),
-        lambda q, k, v: blocked_window_attention(q, k, v, 4),
-        normals(device, dtype, shape, shape, shape),
-    )

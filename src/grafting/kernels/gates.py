@@ -6,17 +6,14 @@ Axes: B batch, N tokens, D width, K taps.
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from grafting.kernels import gated_filter
-from grafting.kernels.self_check import agrees, normals
 
 MAX_TAPS = 8  # of the Triton kernel, whose backward pass is unrolled K times K times
-CHECKED = (2, 300, 136)  # B, N, D of the check at first use: several programs in each direction
 TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -27,9 +24,11 @@ def available(u: Tensor, weight: Tensor | None, inner: Tensor | None) -> bool:
     if u.device.type == "cuda":
         taps = max(filter_.shape[-1] for filter_ in (weight, inner) if filter_ is not None)
         real = torch.compiler.is_compiling() or type(u) in (Tensor, torch.nn.Parameter)
-        return TRITON and real and taps <= MAX_TAPS and _trusted(
-            u.device, u.dtype, taps, weight is not None, inner is not None
-        )  # fmt: skip
+        if not (TRITON and real and taps <= MAX_TAPS):
+            return False
+        from grafting.kernels import trusted
+
+        return trusted.gates_are(u.device, u.dtype, taps, weight is not None, inner is not None)
     return weight is not None and inner is None and gated_filter.available(u)
 
 
@@ -58,31 +57,6 @@ def plain(
     if inner is not None and shift is not None:
         gated = causal_filter(gated, inner, shift)
     return q * gated
-
-
-@torch.compiler.assume_constant_result
-def _trusted(device: torch.device, dtype: torch.dtype, taps: int, featurizer: bool, inner: bool) -> bool:
-    """Whether the kernel's numbers are right on this device; tried once."""
-    return _check(device, dtype, taps, featurizer, inner)
-
-
-@cache
-def _check(device: torch.device, dtype: torch.dtype, taps: int, featurizer: bool, inner: bool) -> bool:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    batch, tokens, dim = CHECKED
-    shapes = [(3 * dim, 1, taps), (3 * dim,)] * featurizer + [(dim, 1, taps), (dim,)] * inner
-
-    def called(form: Any) -> Any:
-        def call(u: Tensor, *filters: Tensor) -> Tensor:
-            weight, bias = filters[:2] if featurizer else (None, None)
-            own, shift = filters[-2:] if inner else (None, None)
-            return form(u, weight, bias, own, shift)
-
-        return call
-
-    inputs = normals(device, dtype, (batch, tokens, 3 * dim), *shapes)
-    return agrees("the Triton kernel of Hyena's gates", called(fused), called(plain), inputs)
 
 
 @torch.library.custom_op("grafting::gates", mutates_args=())

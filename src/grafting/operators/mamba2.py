@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -11,7 +12,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from grafting.errors import OperatorError
-from grafting.kernels import installed
 from grafting.operators.base import (
     AttentionDonor,
     Cost,
@@ -93,7 +93,7 @@ class Mamba2(Operator):
         u = u.unflatten(-1, (heads, self.head_dim))  # [B, N, H, P]
         dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, N, H]
         a = -self.A_log.float().exp()
-        scan = installed.scan_for(u, self.d_state)
+        scan = _installed_scan(u, self.d_state)
         if scan is not None:
             y = scan(u, dt, a, b, c, self.D)
         else:
@@ -103,7 +103,7 @@ class Mamba2(Operator):
     def _filtered(self, x: Tensor) -> Tensor:
         """SiLU of the featurizer, [B, N, inner + 2 d_state]."""
         weight = self.conv1d.weight  # elsewhere under sequential CPU offload: then its own pass brings it
-        fast = installed.filter_silu_for(x, weight.shape[-1]) if weight.device == x.device else None
+        fast = _installed_filter(x, weight.shape[-1]) if weight.device == x.device else None
         return F.silu(self.conv1d(x)) if fast is None else fast(x, self.conv1d.weight, self.conv1d.bias)
 
     def cost(self, num_tokens: int) -> Cost:
@@ -168,3 +168,21 @@ class Mamba2(Operator):
 
     def extra_repr(self) -> str:
         return f"d_state={self.d_state}, head_dim={self.head_dim}, chunk_size={self.chunk_size}"
+
+
+def _installed_scan(u: Tensor, state: int) -> Callable[..., Tensor] | None:
+    """The scan of an installed library, on CUDA."""
+    if u.device.type != "cuda":
+        return None
+    from grafting.kernels import installed  # loads the compiler
+
+    return installed.scan_for(u, state)
+
+
+def _installed_filter(x: Tensor, taps: int) -> Callable[..., Tensor] | None:
+    """The featurizer of an installed library, on CUDA."""
+    if x.device.type != "cuda":
+        return None
+    from grafting.kernels import installed
+
+    return installed.filter_silu_for(x, taps)
