@@ -238,7 +238,7 @@ def test_list_explain_inspect_and_cost_as_json(run: Graft, world: Path) -> None:
         found["operators"]
     )
     assert "demo" in found["recipes"]
-    assert found["models"] == ["dit-fashion"]
+    assert found["models"] == ["dit-fashion", "pixart-emoji"]
 
     found = json.loads(run("inspect", world / "graft", "--json")[1])
     assert [s["operator"] for s in found["sites"] if s["target"] == "mha"] == ["mha", "swa", "mha", "mha"]

@@ -115,7 +115,9 @@ def _group() -> _Group:
         return _Group(dist.new_group(backend="gloo", timeout=TIMEOUT), None)
     os.environ.update(_addresses(os.environ))
     backend = "gloo"
-    if (accelerator := torch.accelerator.current_accelerator()) is not None:
+    # A build for an accelerator names it on machines that have none, too.
+    available = torch.accelerator.is_available()
+    if available and (accelerator := torch.accelerator.current_accelerator()) is not None:
         with contextlib.suppress(ValueError):  # one without a backend
             backend = f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
     try:

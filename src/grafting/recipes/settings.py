@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from grafting.errors import PlanError
 from grafting.formats.graft_folder import plan_of_graft
 from grafting.plan import GraftPlan
 from grafting.training.config import Count, DistillConfig, FinetuneConfig, Positive, Settings
@@ -100,7 +101,10 @@ class Recipe(Settings):
         if self.student is not None and self.plan:
             raise ValueError("plan and student: give one of them; a saved graft has its plan with it")
         if self.student is None:
-            GraftPlan.from_dict(self.plan)
+            try:
+                GraftPlan.from_dict(self.plan)
+            except PlanError as error:
+                raise ValueError(f"plan: {error}") from None
         return self
 
     @model_validator(mode="after")

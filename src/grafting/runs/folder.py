@@ -90,7 +90,7 @@ class RunFolder:
         elif not resume:
             raise RunError(f"{where!r} already holds a run; go on with --resume, or give another --out")
         else:
-            existing = self.recipe()
+            existing, recipe = self.recipe(), upgraded(recipe, VERSION)
             keys = {*existing, *recipe} - _FREE_KEYS
             differing = sorted(k for k in keys if existing.get(k) != recipe.get(k))
             if differing:
