@@ -314,7 +314,9 @@ def test_packaged_classifier_knows_its_data() -> None:
 def test_feature_networks_refuse_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"fashion features take uint8 \[N, 32, 32, 1\]"):
         FashionFeatures().extract(np.zeros((2, 32, 32, 3), np.uint8))
-    with pytest.raises(GraftError, match="unknown feature network 'clip'; known are: emoji, fashion, inception"):
+    with pytest.raises(
+        GraftError, match="unknown feature network 'clip'; known are: emoji, fashion, inception"
+    ):
         load_features("clip")
     with pytest.raises(DataError, match="inception:PATH"):
         load_features("inception")

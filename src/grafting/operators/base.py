@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,8 @@ def cost_of(module: nn.Module, num_tokens: int, dim: int) -> Cost:
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
+        from torch.utils.flop_counter import FlopCounterMode  # loads Triton where it is installed
+
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             module(x)
     finally:
