@@ -341,6 +341,8 @@ def test_ctrl_c_keeps_what_is_finished(
     from grafting.data.encoder import ShardEncoder
 
     encode = ShardEncoder.encode
+    # A shell's background job has SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop(self: ShardEncoder, shard: int, progress: Any = None) -> Any:
         if shard == 1:
@@ -352,6 +354,7 @@ def test_ctrl_c_keeps_what_is_finished(
         words = [str(world / "images"), "--out", str(tmp_path / "z"), "--vae", str(world / "vae")]
         words += ["--size", "16", "--flip", "--shard-size", "5", "--batch-size", "4"]
         assert command(*words) == 130
+    signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.endswith("error: interrupted\n")
     assert sorted(p.name for p in (tmp_path / "z").rglob("*0*")) == [
         "00000.json",
