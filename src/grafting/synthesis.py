@@ -137,10 +137,7 @@ class _Job:
     @staticmethod
     def is_ours(resume: bool) -> Callable[[Path], bool]:
         """Whether a file can be of a job that was killed before it had a manifest: such a job may be gone on with."""
-        return lambda path: (
-            resume
-            and (path.name == "captions.jsonl" or (path.name.startswith(".") and path.suffix == ".tmp"))
-        )
+        return lambda path: resume and (path.name == "captions.jsonl" or weights.is_partial(path))
 
     def protocol(self) -> dict[str, Any]:
         texts = "\n".join(prompt.text for prompt in self.prompts)
@@ -279,8 +276,7 @@ class _Job:
         """Hash every file, write the manifest and the page."""
         from grafting.report.captions import write_quality_page
 
-        for path in self.out.glob(".*.tmp"):  # of a process that was killed; nobody writes any more
-            path.unlink(missing_ok=True)
+        weights.clear_partial(self.out)  # nobody writes any more
         null = weights.read_safetensors(self.out / "null.safetensors")
         names = [
             name(shard)

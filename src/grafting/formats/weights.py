@@ -122,6 +122,18 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         raise CheckpointError(f"can't write {str(path)!r}: {error.strerror or error}") from None
 
 
+def is_partial(path: Path) -> bool:
+    """Whether it is a file that was being written when its process ended."""
+    return path.name.startswith(".") and path.suffix in (".tmp", ".partial") and not path.is_symlink()
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove files of `folder` that were never finished; for the holder of its lock, since a writer has such too."""
+    for path in folder.glob(".*"):
+        if is_partial(path):
+            path.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename last; systems that can't do that for a folder are left to do it in their time."""
     try:

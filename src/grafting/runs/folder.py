@@ -120,7 +120,7 @@ class RunFolder:
         if not self.path.exists():
             return
         if not self.path.is_dir() or any(
-            path.name != LOCK and not _is_partial(path) for path in self.path.iterdir()
+            path.name != LOCK and not weights.is_partial(path) for path in self.path.iterdir()
         ):
             raise RunError(f"{str(self.path)!r} is not an empty folder and holds no run; give another --out")
 
@@ -159,10 +159,9 @@ class RunFolder:
 
     def _clear_partial(self) -> None:
         """Remove files and caches that were never finished; only the holder of the lock makes such."""
-        for folder in ("", "graft/", "stage-1/", "samples/", "checkpoints/*/"):
-            for path in [*self.path.glob(f"{folder}.*.tmp"), *self.path.glob(f"{folder}.*.partial")]:
-                if _is_partial(path):
-                    path.unlink(missing_ok=True)
+        inner = [self.path / name for name in ("graft", "stage-1", "samples")]
+        for folder in (self.path, *inner, *self.path.glob("checkpoints/*")):
+            weights.clear_partial(folder)
         if (self.path / CACHE).is_dir() and not (self.path / CACHE).is_symlink():
             shutil.rmtree(self.path / CACHE, ignore_errors=True)
 
@@ -363,8 +362,3 @@ def _ending(error: BaseException) -> tuple[str, str | None]:
         return "stopped", "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
     text = " ".join(str(error).split())
     return "failed", text if isinstance(error, GraftError) else f"{type(error).__name__}: {text}"
-
-
-def _is_partial(path: Path) -> bool:
-    """Whether it is a file that was being written when its process ended."""
-    return path.name.startswith(".") and path.suffix in (".tmp", ".partial") and not path.is_symlink()

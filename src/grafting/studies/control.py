@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from grafting.training.config import FinetuneConfig
+from grafting.training.config import FinetuneConfig, seeded
 from grafting.training.finetuning import finetune
 
 if TYPE_CHECKING:
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 def finetune_teacher(pipeline: Pipeline, run: RunFolder) -> tuple[nn.Module, dict[str, Any]]:
     """A finetuned copy of the teacher, on the diffusion loss (matching itself would teach it nothing)."""
     recipe = pipeline.recipe
-    config = (recipe.finetune or FinetuneConfig()).model_copy(
-        update={"objectives": {"diffusion": 1.0}, "seed": recipe.seed}
-    )
+    config = seeded(recipe.finetune or FinetuneConfig(), recipe.seed)
+    config = config.model_copy(update={"objectives": {"diffusion": 1.0}})
     model = copy.deepcopy(pipeline.teacher)
     with run.stoppable():
         outcome = finetune(model, pipeline.data, config, journal=run).to_dict()

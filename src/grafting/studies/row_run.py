@@ -170,9 +170,12 @@ def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console
         raise RunError(f"study {setting.study.name!r} compares samples; leave evaluate as it is")
     if row.teacher == "finetuned":
         run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
-        model, outcome = finetune_teacher(pipeline, run)
+        with run.writing("finetune"):
+            if (outcome := run.result("finetune")) is None:
+                model, outcome = finetune_teacher(pipeline, run)
+                _sample(model, recipe, file, console)
+                run.finish("finetune", outcome)  # only now: its weights are in the checkpoints alone
         result |= outcome
-        _sample(model, recipe, file, console)
     else:
         _link(teacher_samples(setting, pipeline), file)
     found = evaluate(file, recipe.evaluate.reference, recipe.evaluate.features, device=setting.device)

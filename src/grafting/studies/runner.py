@@ -81,6 +81,7 @@ def _work(setting: Setting, rows: list[Row], console: Console) -> None:
                 console.say(f"left to another process: {error}")
                 continue
             try:
+                weights.clear_partial(folder)
                 if not setting.result_file(row.name).is_file() and not _do(setting, row, console):
                     later.append(row)
             finally:
