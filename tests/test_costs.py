@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from conftest import tiny_dit
 from torch import Tensor, nn
 
 from grafting import GraftPlan, Replace, cli, graft, load_model, operators, save_graft
+from grafting.analysis import latency
 from grafting.analysis.costs import base_of, plan_cost
 from grafting.analysis.latency import amdahl, measure_plan, time_in_turns
 from grafting.analysis.memory import LiveBytes, peak_bytes, weight_bytes
 from grafting.errors import GraftError
 from grafting.operators import registry
+from grafting.training import acceleration
 
 Graft = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
@@ -237,6 +240,27 @@ def test_a_plan_is_measured(model: nn.Module) -> None:
     more = found["peak_memory_bytes"][1] - found["peak_memory_bytes"][0]
     assert more > grown[1] - grown[0]
     assert found["memory"].startswith("live bytes")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_plan_is_measured_compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[nn.Module, ...]] = []
+
+    def spy(modules: Sequence[nn.Module], setting: Any, device: torch.device) -> Any:
+        seen.append(tuple(modules))
+        return acceleration.compiled(modules, setting, device)
+
+    monkeypatch.setattr(latency, "compiled", spy)
+    found = measure_plan(
+        model, GraftPlan([Replace("mha", [0], "hyena_x")]), repeat=1, warm_up=1, compile=True
+    )
+    assert found["compiled"]
+    blocks, operators = seen
+    assert len(blocks) == 2 * len(model.blocks)  # of both models
+    assert operators[0] is model.blocks[0].attn
+    assert all(
+        module._compiled_call_impl is None for module in (*blocks, *operators)
+    )  # and left as they were
 
 
 def test_ceilings() -> None:

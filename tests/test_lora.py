@@ -146,6 +146,8 @@ def test_settings_that_cannot_be_used_are_errors_that_teach(
     ):  # fmt: skip
         with pytest.raises(RunError, match=said):
             grafting.finetune(student, Pairs(), {**SMALL, "lora": lora})
+    with pytest.raises(RunError, match="train: blocks and lora: give one"):
+        grafting.finetune(student, Pairs(), {**SMALL, "lora": {"rank": 2}, "train": "blocks"})
     grafting.finetune(student, Pairs(), {**SMALL, "steps": 1, "lora": {"rank": 1, "targets": ["attn2.to_q"]}})
     assert lora_of(student).targets == tuple(f"transformer_blocks.{i}.attn2.to_q" for i in range(4))
     with pytest.raises(CheckpointError, match="needs a rank"):

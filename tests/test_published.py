@@ -230,6 +230,14 @@ def test_an_imported_graft_goes_on_in_a_run_folder(run: Graft, tmp_path: Path) -
     code, _, stderr = run("run", tmp_path / "recipe.yaml", "--out", tmp_path / "both")
     assert (code, stderr.count("\n")) == (2, 1)
     assert "plan and student" in stderr
+    for given, said in (
+        ({"plan": [], "locality": "found.json"}, "a saved graft (student) has chosen"),
+        ({"plan": [], "sample": {"prompts": "emoji-held-out"}}, "this one takes class labels"),
+    ):
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, **given}))
+        code, _, stderr = run("run", tmp_path / "recipe.yaml", "--out", tmp_path / "both")
+        assert (code, stderr.count("\n")) == (2, 1)
+        assert said in stderr
     key, other = "y_embedder.embedding_table.weight", state("mha-mha-100p")
     torch.save({"ema": {**other, key: torch.cat([other[key], other[key][:1]])}}, teacher)
     code, _, stderr = run(*arguments, "--student", tmp_path / "g", "--out", tmp_path / "other")

@@ -118,6 +118,10 @@ class Pipeline:
             check_latents(self.data, self.recipe.sample.vae)
         check_trackers(self.recipe.trackers)
         if self.recipe.sample.prompts is not None:
+            if family_of(self.teacher).num_classes(self.teacher) is not None:
+                raise RunError(
+                    "sample.prompts is for text-to-image models; this one takes class labels: leave it out"
+                )
             check_prompts(self.recipe.sample.prompts)
         self.check_evaluation()
 
@@ -241,13 +245,15 @@ class Pipeline:
         plan = explain(self.teacher, self.recipe.graft_plan, self.recipe.locality).plan
         if plan.groups or plan.pruned:
             return None
-        config = (self.recipe.distill if stage == "distill" else self.recipe.finetune) or DistillConfig()
-        precision = make_compute(self.compute.device, config.precision).precision
+        own = self.recipe.distill if stage == "distill" else self.recipe.finetune
+        precision = make_compute(self.compute.device, own.precision if own else "auto").precision
         try:
             parts = stage_memory(
                 self.recipe, stage, meta_copy(self.teacher), plan, precision, self.compute.world
             )
-        except Exception:  # an operator whose kernels can't be run without values: no reason not to run
+        except (
+            Exception
+        ):  # others' operators may raise anything on tensors without values: no reason not to run
             return None
         said = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if name != "total")
         self.run.console.say(f"{stage}: needs about {gigabytes(parts['total'])} of memory ({said})")

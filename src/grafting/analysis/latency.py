@@ -22,6 +22,7 @@ from grafting.families import family_of
 from grafting.plan import GraftPlan
 from grafting.selectors import Locality
 from grafting.surgery import Edit, explain, graft, record_of
+from grafting.training.acceleration import compiled
 
 WARM_UP = 3  # passes that are not timed: caches, choice of kernels, the allocator
 Work = Callable[[], object]
@@ -29,7 +30,7 @@ Work = Callable[[], object]
 
 def measure_plan(
     model: nn.Module, plan: GraftPlan | None = None, locality: Locality | None = None, *,
-    batch_size: int = 1, repeat: int = 20, warm_up: int = WARM_UP, seed: int = 0,
+    batch_size: int = 1, repeat: int = 20, warm_up: int = WARM_UP, seed: int = 0, compile: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Time one forward pass without gradients before and after a plan, in turns, and its peak memory.
 
@@ -39,7 +40,9 @@ def measure_plan(
     the speedup if the replaced operators cost nothing at all, from their share of the FLOPs and of the measured time.
     `operators` times one layer of each row alone. On the CPU `cpu_ms` are the medians of the processor time that this
     process got, and `cpu_speedup` their ratio: on a machine shared with other work they say more than the clock.
-    warm_up: passes of each that are not timed. Memory is the weights and what the first of those adds to them.
+    warm_up: passes of each that are not timed. compile: the blocks of both models, and the operators timed alone, by
+    `torch.compile` (what can't be compiled is an error: the figure would be of something else).
+    Memory is the weights and what the first pass that is not timed adds to them.
     Raises GraftError.
     """
     if batch_size < 1 or repeat < 1 or warm_up < 1:
@@ -50,10 +53,16 @@ def measure_plan(
     before, after, plan = _pair(model, plan, locality, seed)
     edits = explain(before, plan, locality).edits
     passes = [_forward(m.eval(), batch_size, seed) for m in (before, after)]
-    memory = [
-        weight_bytes(m) + peak_bytes(work, device) for m, work in zip((before, after), passes, strict=True)
-    ]
-    times, cpu = _clocks(passes, repeat, device, warm_up - 1)
+    blocks = [block for m in (before, after) for block in family_of(m).compilable(m)]
+    with compiled(blocks, compile, device):
+        if compile:  # so that the compiler's own memory is not taken for the model's
+            for work in passes:
+                work()
+        memory = [
+            weight_bytes(m) + peak_bytes(work, device)
+            for m, work in zip((before, after), passes, strict=True)
+        ]
+        times, cpu = _clocks(passes, repeat, device, warm_up - 1)
     latency, spent = ([statistics.median(t) for t in found] for found in (times, cpu))
     counted = plan_cost(before, plan, locality)
     at = [{(site.kind, site.layer): site.donor for site in family_of(m).sites(m)} for m in (before, after)]
@@ -63,8 +72,10 @@ def measure_plan(
         if edit is None:  # of the depth, which has no operator to time alone
             continue
         x = _tokens(edit, batch_size, seed, next(model.parameters()))
-        alone = [_call(found[edit.site.kind, edit.site.layer], x) for found in at]
-        milliseconds = [statistics.median(t) for t in time_in_turns(alone, repeat, device, warm_up)]
+        operators = [found[edit.site.kind, edit.site.layer] for found in at]
+        with compiled(operators, compile, device):
+            alone = time_in_turns([_call(module, x) for module in operators], repeat, device, warm_up)
+        milliseconds = [statistics.median(t) for t in alone]
         rows.append({
             "target": row["target"], "operator": row["operator"], "layers": row["layers"], "layer_ms": milliseconds
         })  # fmt: skip
@@ -76,6 +87,7 @@ def measure_plan(
         "device": device_name(device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "batch_size": batch_size,
+        "compiled": compile,
         "repeat": repeat,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

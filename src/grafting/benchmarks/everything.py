@@ -8,6 +8,7 @@ from typing import Any
 from grafting.errors import GraftError
 
 # What is asked of each kind of machine (device, then benchmark and its options); `tiny` tries the script.
+# stage1-memory counts and has no device.
 Job = tuple[str, dict[str, Any]]
 _GPU = {"dtype": "bfloat16", "device": "cuda"}
 JOBS: dict[str, tuple[Job, ...]] = {
@@ -21,6 +22,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         ("stage2", {**_GPU, "size": "XL/2-256", "batch_size": 256, "micro_batch": 64, "updates": 10, "mode": "both"}),
         ("sample", {**_GPU, "size": "XL/2-256", "batch_size": 64, "steps": 10, "mode": "both"}),
         ("depth", {**_GPU, "size": "XL/2", "repeats": 50, "mode": "both"}),
+        ("stage1-memory", {"size": "PixArt-Sigma-2K"}),
     ),
     "cpu": (
         ("operators", {"size": "XL-4096"}),
@@ -29,6 +31,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         ("stage2", {}),
         ("sample", {}),
         ("depth", {"size": "XL/2"}),
+        ("stage1-memory", {"size": "PixArt-Sigma-2K@1024x1024"}),
     ),
 }  # fmt: skip
 _TINY: dict[str, dict[str, Any]] = {
@@ -61,9 +64,11 @@ def bench_all(*, device: str = "cpu", size: str = "real") -> dict[str, Any]:
     kind = as_device(device).type
     results: list[dict[str, Any]] = []
     for what, given in JOBS["cuda" if size == "tiny" else kind if kind in JOBS else "cpu"]:
-        options = {**given, "device": device, **(_TINY[what] if size == "tiny" else {})}
-        if size == "tiny" and kind == "cpu":
-            options["dtype"] = "float32"
+        options = dict(given)
+        if what in _TINY:
+            options |= {"device": device, **(_TINY[what] if size == "tiny" else {})}
+            if size == "tiny" and kind == "cpu":
+                options["dtype"] = "float32"
         started = time.perf_counter()
         try:
             found = run_benchmark(what, **options)

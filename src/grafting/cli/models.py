@@ -65,6 +65,7 @@ def cost(
     batch_size: Annotated[int, typer.Option(min=1, help="With --measure: samples in a pass.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="With --measure: timed passes of either model.")] = 20,
     warm_up: Annotated[int, typer.Option(min=1, help="With --measure: passes that are not timed.")] = 3,
+    compile_: Annotated[bool, typer.Option("--compile", help="With --measure: time compiled blocks.")] = False,
     num_heads: Heads = None, locality: Locality = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
     json_: Json = False,
 ) -> None:  # fmt: skip
@@ -85,8 +86,9 @@ def cost(
             )
         model = open_model(source, num_heads=num_heads, device=device, dtype=dtype)
         found["measured"] = measure_plan(
-            model, loaded, locality, batch_size=batch_size, repeat=repeat, warm_up=warm_up, seed=seed
-        )
+            model, loaded, locality, batch_size=batch_size, repeat=repeat, warm_up=warm_up, seed=seed,
+            compile=compile_,
+        )  # fmt: skip
     rows, all_layers = found["rows"], found["layers"]
     if json_:
         emit(found)

@@ -100,6 +100,10 @@ class Recipe(Settings):
     def _one_way_to_the_student(self) -> Recipe:
         if self.student is not None and self.plan:
             raise ValueError("plan and student: give one of them; a saved graft has its plan with it")
+        if self.student is not None and self.locality is not None:
+            raise ValueError(
+                "locality chooses layers of a plan; a saved graft (student) has chosen: leave it out"
+            )
         if self.student is None:
             try:
                 GraftPlan.from_dict(self.plan)

@@ -117,9 +117,7 @@ class FinetuneConfig(Optimization):
     shard: Literal["none", "full"] = (
         "none"  # full: cut weights, gradients, moments and average over the processes
     )
-    lora: LoraConfig | None = (
-        None  # adapters on the rest, which itself stays fixed; `train` is then without effect
-    )
+    lora: LoraConfig | None = None  # adapters on the rest, which itself stays fixed
     gradient_checkpointing: bool = False  # blocks are computed again in the backward pass instead of kept
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # stratified share of the data that is trained on
     ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
@@ -136,6 +134,14 @@ class FinetuneConfig(Optimization):
     def _whole_matrices(self) -> FinetuneConfig:
         if self.shard == "full" and self.optimizer == "muon":
             raise ValueError("optimizer muon works on whole matrices: give shard: none, or optimizer: adamw")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_or_weights(self) -> FinetuneConfig:
+        if self.lora is not None and self.train == "blocks":
+            raise ValueError(
+                "train: blocks and lora: give one; with lora the new operators train whole and adapters on the rest"
+            )
         return self
 
     @model_validator(mode="after")
