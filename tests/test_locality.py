@@ -14,17 +14,19 @@ from conftest import tiny_dit
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from grafting import GraftError, GraftPlan, Replace, draws, explain, graft, load_model
+from grafting import GraftError, GraftPlan, Parallelize, Replace, draws, explain, graft, load_model
 from grafting.analysis.bands import band_mass, default_width, uniform_mass
 from grafting.analysis.locality import measure_locality
 from grafting.analysis.observation import bin_edges, bin_of
 from grafting.cli import app
 from grafting.conditioning import each
 from grafting.data import ImageLabelDataset
+from grafting.depth import groups_of, in_sequence
 from grafting.diffusion import sample
 from grafting.errors import DataError, PlanError
 from grafting.families import DiTFamily, family_of
 from grafting.formats.weights import write_json
+from grafting.lora import Lora, add_lora, merge_lora
 from grafting.report.locality import locality_remarks, write_locality
 from grafting.training.loop import Batches
 
@@ -319,3 +321,47 @@ def test_the_command_writes_what_the_selectors_take(tmp_path: Path) -> None:
     assert "of 12 measured layers keep over half" in ran.stdout
     ran = runner.invoke(app, [*common, "--data", "fashion-10", "--steps", "3"])
     assert isinstance(ran.exception, GraftError)
+
+
+def test_branches_that_run_as_one_are_measured_like_branches_in_sequence(
+    model: nn.Module, data: ImageLabelDataset
+) -> None:
+    student = graft(model, GraftPlan([Parallelize([[0, 1]])]))
+    found = measure_locality(student, data, num_samples=4, batch_size=2)["locality"]
+    apart = in_sequence(family_of(student), student)
+    assert apart is not student
+    assert all(group.is_stacked for group in groups_of(family_of(student), student))  # it is as it was
+    wanted = direct_of_branches(apart, data, num_samples=4)
+    assert found[:2] == pytest.approx(wanted, abs=TOLERANCE)
+    assert all(value is not None and 0 < value < 1 for value in found)
+
+
+def direct_of_branches(model: nn.Module, data: ImageLabelDataset, num_samples: int) -> list[float]:
+    """L_k of both branches of block 0, from whole maps."""
+    family = family_of(model)
+    batch = Batches(
+        data, family, model, seed=0, purpose="locality", label_dropout=0.0, device=torch.device("cpu")
+    ).at(torch.arange(num_samples))
+    paths = [f"blocks.0.branches.{j}.attn" for j in (0, 1)]
+    taps = family.taps(model, batch.x_t, batch.t, batch.cond, paths)
+    k, heads = default_width(16), model.config.num_heads  # type: ignore[union-attr]
+    return [
+        band(full_maps(model.get_submodule(path), taps[path].input, heads), k).mean().item()  # type: ignore[arg-type]
+        for path in paths
+    ]
+
+
+def test_adapters_count(model: nn.Module, data: ImageLabelDataset) -> None:
+    student = graft(model, GraftPlan([Replace("mlp", [1], "mlp_hyena_x")]))
+    add_lora(student, Lora(rank=2, alpha=2.0, targets=("blocks.0.attn.qkv",)))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    found, merged, plain = (
+        measure_locality(m, data, num_samples=4, batch_size=4)["locality"]
+        for m in (student, merge_lora(student), model)
+    )
+    assert found == pytest.approx(merged, abs=1e-5)
+    assert abs(found[0] - plain[0]) > 1e-3

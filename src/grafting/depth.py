@@ -22,6 +22,16 @@ def groups_of(family: Family, model: nn.Module) -> list[BlockGroup]:
     return [site.donor for site in family.group_sites(model) if isinstance(site.donor, BlockGroup)]
 
 
+def in_sequence(family: Family, model: nn.Module) -> nn.Module:
+    """The model, or where branches run as one a copy whose branches are modules of their own, called one by one."""
+    if not any(group.is_stacked for group in groups_of(family, model)):
+        return model
+    apart = copy.deepcopy(model)
+    for group in groups_of(family, apart):
+        group.unstack()
+    return apart
+
+
 def open_groups(family: Family, model: nn.Module, layers: set[int]) -> list[BlockGroup]:
     """Put the branches of groups that hold one of these layers back into modules of their own; these groups."""
     found = [group for group in groups_of(family, model) if layers & set(group.layers)]

@@ -25,7 +25,7 @@ from grafting.analysis.regression import choose_loss, recommend
 from grafting.data import DataSource
 from grafting.families import family_of
 from grafting.runs import environment
-from grafting.surgery import operator_name, source_of
+from grafting.surgery import source_of
 from grafting.training.loop import Batches
 
 VERSION = 1
@@ -75,7 +75,7 @@ def measure_activations(
         found = describe(passes, timestep_bins)
     rows: list[Mapping[str, Any]] = [
         {
-            "layer": site.layer, "path": site.path, "target": site.kind, "operator": operator_name(site.donor),
+            "layer": site.layer, "path": site.path, "target": site.kind, "operator": site.operator,
             "loss": choose_loss(found[f"{site.path}/output"]["median_efficiency"]),
             "input": found[f"{site.path}/input"], "output": found[f"{site.path}/output"],
         }

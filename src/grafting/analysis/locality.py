@@ -26,6 +26,7 @@ from grafting.analysis.observation import (
     inputs_seen,
 )
 from grafting.data import DataSource
+from grafting.depth import in_sequence
 from grafting.diffusion import sample
 from grafting.errors import GraftError
 from grafting.families import Family, Site, family_of
@@ -64,6 +65,7 @@ def measure_locality(
     check_counts(num_samples=num_samples, batch_size=batch_size)
     sampling = _Sampling.of(steps, sampler, guidance, data is not None)
     family = family_of(model)
+    model = in_sequence(family, model)  # branches that run as one have no attention of their own to look at
     sites, skipped = _sites(family, model)
     num_tokens = sites[0].num_tokens
     if data is not None:  # a text-to-image model takes latents of other sizes than the one it was built for

@@ -6,7 +6,6 @@ batch 2 (arXiv 2506.05340, "depth to width").
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,8 @@ def bench_depth(
     size: XL/2, XL/2-512, or with another depth, XL/2-D4. mode: eager, compiled (torch.compile), or both. At bfloat16
     and float16 the weights are in that type. Raises GraftError.
     """
+    from grafting.depth import in_sequence
+    from grafting.families import family_of
     from grafting.loading import as_device, load_model
     from grafting.plan import GraftPlan, Parallelize
     from grafting.runs import environment
@@ -39,7 +40,7 @@ def bench_depth(
     place = as_device(device)
     teacher = load_model(f"arch:DiT-{size}", device=place, dtype=kind).eval()
     student = graft(teacher, GraftPlan([Parallelize("pairs", merge)]))
-    models = {"teacher": teacher, "as one": student, "in sequence": _in_sequence(student)}
+    models = {"teacher": teacher, "as one": student, "in sequence": in_sequence(family_of(student), student)}
     flops, depth, params = _counts(models)
     rows: list[dict[str, Any]] = []
     peak = ceilings(place, kind)
@@ -73,17 +74,6 @@ def bench_depth(
         },
         "environment": environment(),
     }
-
-
-def _in_sequence(student: nn.Module) -> nn.Module:
-    """The same student with its branches run one after the other."""
-    from grafting.depth import groups_of
-    from grafting.families import family_of
-
-    other = copy.deepcopy(student)
-    for group in groups_of(family_of(other), other):
-        group.unstack()
-    return other
 
 
 def _counts(models: dict[str, nn.Module]) -> tuple[dict[str, float], dict[str, int], dict[str, int]]:

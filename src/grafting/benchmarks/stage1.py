@@ -85,7 +85,7 @@ def _measured(work: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
     if arguments[0]["device"].startswith("cuda"):
         import torch
 
-        peak = torch.cuda.max_memory_allocated() / 1e9
+        peak = torch.cuda.max_memory_allocated(arguments[0]["device"]) / 1e9
     return {**found, "peak_memory_gb": peak}
 
 

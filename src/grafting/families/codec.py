@@ -19,6 +19,10 @@ SD_VAE, SD_SCALING = "stabilityai/sd-vae-ft-ema", 0.18215
 SD_VAES = (SD_VAE, "stabilityai/sd-vae-ft-mse")  # one encoder, two decoders
 Decoder = Callable[[Tensor], np.ndarray]
 _ENCODER = ("encoder.", "quant_conv.")
+_AT_ONCE, _LATENTS_AT_ONCE = (
+    8,
+    8 * 64**2,
+)  # images that a VAE decodes at once, and latents: 8 images of 512x512 pixels
 
 
 def load_vae(source: str | None = None, device: torch.device | str = "cpu") -> Any:
@@ -68,14 +72,19 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str = "cpu") -> Decoder:
     """How samples of `model` become uint8 images [N, H, W, C].
 
-    One or three channels are pixels. Four are latents of `vae`, a folder or hub id of diffusers' AutoencoderKL
-    (default: that of the pipeline that the model came from, else sd-vae-ft-ema), scaled by its own factor.
+    One or three channels are pixels, and `vae` is then refused. Four are latents of `vae`, a folder or hub id of
+    diffusers' AutoencoderKL (default: that of the pipeline that the model came from, else sd-vae-ft-ema), scaled by
+    its own factor. Raises `GraftError`.
     """
     from grafting.formats.pipeline_folder import pipeline_of
 
     channels = family_of(model).sample_shape(model)[0]
-    if channels in (1, 3):
+    if channels in (1, 3) and vae is None:
         return to_uint8
+    if channels in (1, 3):
+        raise GraftError(
+            f"this model makes pixels and has no use for the VAE {vae!r}: leave it out (--vae, sample.vae)"
+        )
     if channels != 4:
         raise GraftError(
             f"no codec for samples of {channels} channels; sample from Python and decode them yourself"
@@ -86,8 +95,9 @@ def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str
 
     @torch.no_grad()
     def decode(latents: Tensor) -> np.ndarray:
-        parts = [autoencoder.decode((part / scaling + shift).to(device)).sample for part in latents.split(8)]
-        return to_uint8(torch.cat(parts))
+        size = max(1, min(_AT_ONCE, _LATENTS_AT_ONCE // (latents.shape[2] * latents.shape[3])))
+        parts = [(part / scaling + shift).to(device) for part in latents.split(size)]
+        return np.concatenate([to_uint8(autoencoder.decode(part).sample) for part in parts])
 
     return decode
 

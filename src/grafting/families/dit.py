@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grafting import operators
@@ -99,11 +98,8 @@ class DiTFamily(Family):
             raise GraftError(
                 f"{site}: its operator is no attention over all tokens, so it has no attention map"
             )
-        donor = self.donor_weights(site)
-        assert isinstance(donor, AttentionDonor)  # what an `mha` gives
-        heads = (site.num_heads, -1)
-        q = F.linear(x, donor.q_weight, donor.q_bias).unflatten(2, heads).transpose(1, 2)
-        k = F.linear(x, donor.k_weight, donor.k_bias).unflatten(2, heads).transpose(1, 2)
+        projected: Tensor = site.donor.qkv(x)  # type: ignore[operator] # called, for it may have an adapter
+        q, k, _ = operators.attention.split_heads(projected, site.num_heads)
         return q, k
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:

@@ -43,8 +43,6 @@ def find_pipeline(source: str | Path) -> Path:
                     f"{graft}: the graft does not say which pipeline it was made from; give base="
                 )
             return find_pipeline(base)
-    if (path / INDEX).is_file():
-        return path
     if (path.parent / INDEX).is_file() and path.is_dir():
         return path.parent
     if path.exists() or str(source).startswith("arch:"):

@@ -70,7 +70,8 @@ def fused(
     """`gates` in one kernel forward and one backward; opaque to torch.compile. Needs Triton."""
     from grafting.kernels import triton_gates
 
-    return triton_gates.forward(u.contiguous(), weight, bias, inner, shift)
+    with torch.cuda.device_of(u):  # Triton launches on the current device, which cuda:1 need not be
+        return triton_gates.forward(u.contiguous(), weight, bias, inner, shift)
 
 
 @fused.register_fake
@@ -89,7 +90,8 @@ def _fused_backward(
 ) -> tuple[Tensor, Tensor]:
     from grafting.kernels import triton_gates
 
-    return triton_gates.backward(u.contiguous(), weight, bias, inner, shift, gradient.contiguous())
+    with torch.cuda.device_of(u):
+        return triton_gates.backward(u.contiguous(), weight, bias, inner, shift, gradient.contiguous())
 
 
 @_fused_backward.register_fake
