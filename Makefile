@@ -19,9 +19,11 @@ help:
 
 setup: $(STAMP)
 
-# torch first and by itself, so that a machine's own build of it is taken and nothing later replaces it.
+# pip first: the one that came with Python may be old, with known flaws. Then torch, by itself, so that a machine's own
+# build of it is taken and nothing later replaces it.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

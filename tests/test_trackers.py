@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
-from tiny_runs import STAGE, tiny_pipeline
+from several import together
+from tiny_runs import STAGE, tiny_pipeline, tiny_recipe
 
 from grafting.console import Console
 from grafting.errors import RunError
+from grafting.pipeline import Pipeline
 from grafting.recipes import load_recipe
 from grafting.runs import RunFolder
 from grafting.runs.trackers import check_trackers
@@ -126,6 +130,55 @@ def test_only_the_process_that_writes_tracks(tmp_path: Path, recording: type[Rec
     assert recording.made == []
 
 
+class PerProcess(Recording):
+    """One that leaves to accelerate which process it is for, as tensorboard's and wandb's classes do."""
+
+    main_process_only = True
+
+    @tracking.on_main_process
+    def start(self) -> None:
+        pass
+
+    @tracking.on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        super().log(values, step)
+
+
+def spread_run(folder: Path, recipe: dict[str, Any], recorded: bool) -> list[tuple[int | None, list[str]]]:
+    """The recipe as one of several processes; what a tracker got in this one."""
+    if recorded:
+        tracking.LOGGER_TYPE_TO_CLASS["trackio"] = PerProcess
+        tracking._available_trackers = ["trackio"]
+        PerProcess.made = Recording.made = []
+    resolved = load_recipe(recipe)
+    pipeline = Pipeline(resolved, RunFolder(folder, writer=False))
+    main = pipeline.compute.is_main
+    if main:
+        pipeline.run = RunFolder.create(folder, resolved.to_dict(), Console(quiet=True))
+    pipeline.compute.wait()
+    if not main:
+        pipeline.run = RunFolder(folder, writer=False)
+    pipeline.all()
+    assert os.environ["RANK"] == str(int(not main))
+    return [(step, sorted(values)) for tracker in Recording.made for step, values in tracker.rows]
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_of_two_processes_the_first_alone_tracks_and_each_line_once(tmp_path: Path, shard: str) -> None:
+    recipe = tiny_recipe(tmp_path, trackers=["trackio"], finetune={"shard": shard})
+    first, second = together(2, spread_run, tmp_path / "run", recipe, True)
+    assert second == []
+    assert isinstance(first, list), first
+    records = RunFolder(tmp_path / "run").metrics()
+    assert len(first) == len(records)
+    training = Counter((r["stage"], r["step"]) for r in records if "event" not in r)
+    assert training == {
+        (stage, n): 1 for stage in ("distill", "finetune") for n in range(1, STAGE["steps"] + 1)
+    }
+    lines = Counter(step for step, names in first if any(n.split("/")[1] == "lr" for n in names))
+    assert lines == dict.fromkeys(range(1, 2 * STAGE["steps"] + 1), 1)
+
+
 def test_a_tracker_that_is_unknown_or_not_there_is_an_error_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,4 +202,23 @@ def test_tensorboard_files_hold_the_losses(tmp_path: Path) -> None:
     (path,) = pipeline.run.metrics()[-1]["error"]
     events = log.Scalars(f"distill/loss/{path}")
     losses = [r["loss"][path] for r in pipeline.run.metrics() if "event" not in r]
+    assert [event.value for event in events] == pytest.approx(losses)
+
+
+def test_two_processes_leave_one_tensorboard_file_with_each_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = tiny_recipe(tmp_path, trackers=["tensorboard"])
+    assert together(2, spread_run, tmp_path / "run", recipe, False) == [[], []]
+    assert len(list((tmp_path / "run").rglob("events.out.tfevents.*"))) == 1
+    log = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    log.Reload()
+    events = log.Scalars("finetune/loss")
+    assert [event.step for event in events] == [5, 6, 7, 8]
+    losses = [
+        r["loss"]
+        for r in RunFolder(tmp_path / "run").metrics()
+        if r["stage"] == "finetune" and "event" not in r
+    ]
     assert [event.value for event in events] == pytest.approx(losses)

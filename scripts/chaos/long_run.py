@@ -5,9 +5,9 @@
 
 Killed and started again with the same folder it goes on. The run is `graft run` in a process of its own; this one
 notes its resident memory and its number of file descriptors into OUT/held.jsonl, and the sizes of the files of the
-run. Prints a JSON object: per stage the slope of the memory (least squares, second half of the stage), what the
-deviations from it would let such a slope be by chance, and the first and last numbers of descriptors. Exit status 1
-if memory or descriptors grow.
+run; two hundred times a stage that process counts what it holds itself (`inside.py`) into OUT/inside.jsonl. Prints a
+JSON object: per stage the slopes (least squares, second half of the stage) with 95% intervals of a moving-block
+bootstrap of the deviations, and the first and last numbers of descriptors. Exit status 1 if memory or descriptors grow.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     if not recipe.exists():
         make(options.out, options.steps)
     run = options.out / "run"
-    status = watch(recipe, run, options.out, options.seconds)
+    status = watch(recipe, run, options.out, options.seconds, max(1, options.steps // 200))
     found = figures(options.out, run, options.steps) | {"steps": options.steps, "exit_status": status}
     print(json.dumps(found, indent=2))
     raise SystemExit(1 if status or found["findings"] else 0)
@@ -79,9 +79,10 @@ def make(folder: Path, steps: int) -> None:
     (folder / "recipe.yaml").write_text(dump_yaml(recipe))
 
 
-def watch(recipe: Path, run: Path, folder: Path, seconds: float) -> int:
+def watch(recipe: Path, run: Path, folder: Path, seconds: float, every: int) -> int:
     """Run, or go on, and note what the process holds; its exit status."""
-    command = [sys.executable, "-m", "grafting", "run", str(recipe), "--out", str(run), "--resume"]
+    inside = [str(Path(__file__).with_name("inside.py")), str(folder / "inside.jsonl"), str(every)]
+    command = [sys.executable, *inside, "run", str(recipe), "--out", str(run), "--resume"]
     with (folder / "console.log").open("ab") as log, (folder / "held.jsonl").open("a") as notes:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
@@ -137,17 +138,18 @@ def figures(folder: Path, run: Path, steps: int) -> dict[str, Any]:
             found[stage] = {"looks": len(rows)}
             continue
         half = rows[len(rows) // 2 :]
-        slope, chance = fit([row["step"] for row in half], [row["mb"] for row in half])
+        slope, interval = fit([row["step"] for row in half], [row["mb"] for row in half])
         found[stage] = {
             "looks": len(rows), "mb_first": rows[0]["mb"], "mb_middle": half[0]["mb"], "mb_last": rows[-1]["mb"],
-            "kb_per_1000_steps": round(slope * 1e6, 3), "kb_per_1000_steps_by_chance": round(chance * 1e6, 3),
+            "kb_per_1000_steps": rounded(slope * 1e6), "kb_interval": [rounded(end * 1e6) for end in interval],
             "fds_first": rows[len(rows) // 10]["fds"], "fds_last": rows[-1]["fds"],
             "fds_most": max(row["fds"] for row in rows),
         }  # fmt: skip
-        if slope > chance and slope * steps > TOLERATED_MB:
+        if interval[0] > 0 and slope * steps > TOLERATED_MB:
             found["findings"].append(f"{stage}: memory grows by {slope * steps:.1f} MB over {steps} steps")
         if found[stage]["fds_last"] > found[stage]["fds_first"] + 2:
             found["findings"].append(f"{stage}: file descriptors grow")
+        found[stage] |= counted(folder / "inside.jsonl", stage, steps)
     found["bytes"] = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in (run / "metrics.jsonl", run / "status.json", run / "run.json", run / "report.html",
@@ -157,14 +159,42 @@ def figures(folder: Path, run: Path, steps: int) -> dict[str, Any]:
     return found
 
 
-def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Least-squares slope, and two standard errors of it from the deviations."""
-    n = len(x)
-    mean_x, mean_y = sum(x) / n, sum(y) / n
-    spread = sum((a - mean_x) ** 2 for a in x) or 1.0
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    left = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
-    return slope, 2 * (left / max(1, n - 2) / spread) ** 0.5
+def counted(path: Path, stage: str, steps: int) -> dict[str, Any]:
+    """Slopes of what the process counted itself, per 1,000 steps over the second half of a stage."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if row["stage"] == stage and steps // 2 <= row["step"] < steps]
+    found: dict[str, Any] = {"counts": len(rows)}
+    for name in ("blocks", "objects", "malloc_kb") if len(rows) >= 20 else ():
+        values = [row[name] for row in rows]
+        if None not in values:
+            slope, interval = fit([row["step"] for row in rows], values)
+            found[f"{name}_per_1000_steps"] = rounded(slope * 1e3)
+            found[f"{name}_interval"] = [rounded(end * 1e3) for end in interval]
+            found[f"{name}_last"] = values[-1]
+    return found
+
+
+def fit(x: Sequence[float], y: Sequence[float], draws: int = 2000) -> tuple[float, tuple[float, float]]:
+    """Least-squares slope, and its 95% interval: moving blocks of sqrt(n) neighbouring deviations are drawn anew."""
+    import numpy as np
+
+    a, b = np.asarray(x, float), np.asarray(y, float)
+    a = a - a.mean()
+    spread = (a * a).sum() or 1.0
+    slope = float((a * b).sum() / spread)
+    left = b - b.mean() - slope * a
+    length = max(1, round(len(a) ** 0.5))
+    draw = np.random.default_rng(0)
+    starts = draw.integers(0, len(a) - length + 1, size=(draws, -(-len(a) // length)))
+    places = (starts[:, :, None] + np.arange(length)).reshape(draws, -1)[:, : len(a)]
+    slopes = slope + (left[places] * a).sum(1) / spread
+    low, high = np.quantile(slopes, (0.025, 0.975))
+    return slope, (float(low), float(high))
+
+
+def rounded(value: float) -> float:
+    """Three places."""
+    return round(value, 3)
 
 
 if __name__ == "__main__":
