@@ -18,9 +18,11 @@ from conftest import tiny_dit
 from grafting.console import Console
 from grafting.data import ImageLabelDataset
 from grafting.errors import CheckpointError, DivergedError, RunError
+from grafting.formats import weights
 from grafting.runs import FolderLock, RunFolder, run_status
 from grafting.runs import lock as locks
 from grafting.runs.metrics import MAX_LINES
+from grafting.runs.status import StatusFile
 from grafting.training.loop import Interrupted
 
 RECIPE = {"name": "x", "model": "m", "data": "d", "plan": [], "distill": {"steps": 10}, "finetune": None,
@@ -158,6 +160,13 @@ def test_a_lock_is_no_way_out_of_the_folder(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").symlink_to(victim)
     with pytest.raises(RunError, match=r"metrics\.jsonl"):
         RunFolder(folder).log({"stage": "s", "step": 1})
+    (folder / ".status.json.tmp").symlink_to(victim)
+    (folder / "status.json").symlink_to(victim)
+    StatusFile(folder).start()
+    (folder / "recipe.yaml").symlink_to(victim)
+    weights.write_bytes(folder / "recipe.yaml", b"new")  # takes the link's place
+    assert (folder / "recipe.yaml").read_bytes() == b"new"
+    assert not (folder / "recipe.yaml").is_symlink()
     assert victim.read_text() == "mine"
 
 

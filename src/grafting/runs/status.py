@@ -72,8 +72,10 @@ class StatusFile:
         self._written = time.monotonic()
         content = json.dumps(self.fields | {"updated": utc_now()}) + "\n"
         partial = self.path.with_name(f".{NAME}.tmp")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
         with contextlib.suppress(OSError):
-            partial.write_text(content, encoding="utf-8")
+            with os.fdopen(os.open(partial, flags, 0o644), "w", encoding="utf-8") as file:
+                file.write(content)
             os.replace(partial, self.path)
 
 
