@@ -176,8 +176,11 @@ def test_a_frozen_copy_computes_the_same_bits_under_autocast(teacher: nn.Module)
     for a, b in zip(mine["blocks.1.attn"][:3], right["blocks.1.attn"][:3], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(weights(teacher), before)
-    linear = [m for m in copy.modules() if isinstance(m, nn.Linear)]
-    assert all(m.weight.dtype == torch.bfloat16 and not m.weight.requires_grad for m in linear)
+    linear = {name: m.weight for name, m in copy.named_modules() if isinstance(m, nn.Linear)}
+    ends = {name for name in linear if name.startswith("final_layer.")}
+    assert {name for name, weight in linear.items() if weight.dtype == torch.float32} == ends
+    assert all(weight.dtype == torch.bfloat16 for name, weight in linear.items() if name not in ends)
+    assert not any(weight.requires_grad for name, weight in linear.items() if name not in ends)
     assert copy.pos_embed is teacher.pos_embed
     assert frozen_copy(teacher, replace(BF16, precision="fp32")) is teacher
 

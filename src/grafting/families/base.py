@@ -209,6 +209,10 @@ class Family(ABC):
                 f"the family '{self.name}' has no gradient checkpointing; use a smaller micro_batch"
             )
 
+    def ends(self, model: nn.Module) -> list[nn.Module]:
+        """The first and the last layers, which compute in their weights' type under autocast (docs/precision.md)."""
+        return []
+
     def compilable(self, model: nn.Module, *, tapped: bool = False) -> list[nn.Module]:
         """The modules that torch.compile may take one by one; `tapped`: also where `taps` is called."""
         return [model.get_submodule(path) for path in self.block_paths(model)]

@@ -148,6 +148,9 @@ class DiTFamily(Family):
                 features[layer] = h
         return model.unpatchify(model.final_layer(h, c)), features  # type: ignore[operator]
 
+    def ends(self, model: nn.Module) -> list[nn.Module]:
+        return [model.get_submodule("x_embedder"), model.get_submodule("final_layer")]
+
     def sample_shape(self, model: nn.Module) -> tuple[int, int, int]:
         config = _config(model)
         return config.in_channels, config.input_size, config.input_size

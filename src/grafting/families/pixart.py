@@ -19,6 +19,7 @@ from grafting.conditioning import Caption
 from grafting.errors import CheckpointError, DataError, GraftError
 from grafting.families import hosts
 from grafting.families.base import Family, Site, Tap
+from grafting.models.precision import calls_unrounded
 from grafting.operators import AttentionDonor, MLPDonor
 
 CAPTION_TOKENS = 300  # of PixArt-Sigma; what FLOPs are counted with (PixArt-alpha has 120)
@@ -82,10 +83,11 @@ class PixArtFamily(Family):
         return hosts.take_host_call(operator)
 
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        return model(
-            x.to(_dtype(model)), encoder_hidden_states=cond.embeds.to(_dtype(model)), timestep=t,
-            encoder_attention_mask=cond.mask, added_cond_kwargs=_micro_conditions(model, x), return_dict=False,
-        )[0]  # fmt: skip
+        with calls_unrounded(self.ends(model), x.device):
+            return model(
+                x.to(_dtype(model)), encoder_hidden_states=cond.embeds.to(_dtype(model)), timestep=t,
+                encoder_attention_mask=cond.mask, added_cond_kwargs=_micro_conditions(model, x), return_dict=False,
+            )[0]  # fmt: skip
 
     def predict_guided(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, scale: float) -> Tensor:
         """As diffusers' pipeline: the empty caption first in the doubled batch; all noise channels are guided."""
@@ -126,6 +128,9 @@ class PixArtFamily(Family):
 
     def sample_shape(self, model: nn.Module) -> tuple[int, int, int]:
         return (_config(model).in_channels, *_latent_size(model))
+
+    def ends(self, model: nn.Module) -> list[nn.Module]:
+        return [model.get_submodule("pos_embed"), model.get_submodule("proj_out")]
 
     def compilable(self, model: nn.Module, *, tapped: bool = False) -> list[nn.Module]:
         """All blocks; none where taps are taken: they hang on hooks, which a compiled block does not see."""
@@ -260,7 +265,8 @@ class _Flow:
         self.model = model
         x, embeds = x.to(_dtype(model)), cond.embeds.to(_dtype(model))
         self.size = x.shape[-2:]
-        self.h: Tensor = model.pos_embed(x)  # [B, N, D]
+        with calls_unrounded([model.pos_embed], x.device):
+            self.h: Tensor = model.pos_embed(x)  # [B, N, D]
         self.modulation, self.embedded_t = model.adaln_single(
             t, _micro_conditions(model, x), batch_size=len(x), hidden_dtype=self.h.dtype
         )  # [B, 6D], [B, D]
@@ -288,7 +294,8 @@ class _Flow:
         """[B, 2C, H, W]."""
         model, patch = self.model, self.model.config.patch_size
         shift, scale = (model.scale_shift_table[None] + self.embedded_t[:, None]).chunk(2, dim=1)
-        h = model.proj_out(model.norm_out(self.h) * (1 + scale) + shift)  # [B, N, P * P * 2C]
+        with calls_unrounded([model.proj_out], self.h.device):
+            h = model.proj_out(model.norm_out(self.h) * (1 + scale) + shift)  # [B, N, P * P * 2C]
         rows, columns = self.size[0] // patch, self.size[1] // patch
         h = h.reshape(-1, rows, columns, patch, patch, model.out_channels)
         return torch.einsum("nhwpqc->nchpwq", h).reshape(-1, model.out_channels, *self.size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grafting import operators
 from grafting.errors import GraftError
+from grafting.models.precision import unrounded
 from grafting.operators import Cost
 
 _SIZES = {
@@ -170,7 +171,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Latents stay in float32 whatever the weights are: a chain in bf16 would lose them.
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        with unrounded(x.device):
+            return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class DiTBlock(nn.Module):
@@ -227,8 +229,10 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        dtype = self.linear.weight.dtype
+        with unrounded(x.device):
+            shift, scale = self.adaLN_modulation(c.to(dtype)).chunk(2, dim=1)
+            return self.linear(modulate(self.norm_final(x.to(dtype)), shift, scale))
 
 
 class DiT(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from grafting.families import family_of
 from grafting.training.compute import Compute
 
 Compile = bool | Literal["auto"]
@@ -51,12 +52,14 @@ def frozen_copy(model: nn.Module, compute: Compute) -> nn.Module:
     """A model to call, never to train: the linear weights that autocast would cast at every call are cast once.
 
     The values are those of autocast to the last bit. Other weights are shared with `model`, which stays as it is.
+    The family's `ends` are not computed in autocast's type and keep their weights.
     """
     if compute.precision != "bf16":
         return model
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    ends = {module for end in family_of(model).ends(model) for module in end.modules()}
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module not in ends:
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype == torch.float32:
                     memo[id(parameter)] = nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
