@@ -22,18 +22,19 @@ _CHUNK = 1 << 22
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: Mapping[str, Any], keep: int, score: float | None = None
-) -> None:
+    folder: Path, step: int, state: Mapping[str, Any], keep: int, score: float | None = None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> None:  # fmt: skip
     """Write the state after `step`, then remove all but the newest `keep` and the one of lowest score.
 
-    Raises CheckpointError; the earlier checkpoints are then as they were.
+    given_up: asked while writing; True ends it. Raises CheckpointError; the earlier checkpoints are then as they were.
     """
     path = folder / f"{step:09d}.pt"
     if path.exists() and _is_whole(path):  # stopped where it has just been saved: the state is the same
         return
     path.unlink(missing_ok=True)
     with weights.new_file(path) as file:
-        hashed: Any = _Hashed(file)
+        hashed: Any = _Hashed(file, given_up)
         try:
             torch.save(dict(state), hashed)
         except RuntimeError:  # PyTorch's archive, which can't end either, hides the error of the disk
@@ -120,11 +121,14 @@ def _score(path: Path) -> float | None:
 class _Hashed:
     """A file that hashes what is written to it."""
 
-    def __init__(self, file: Any) -> None:
-        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+    def __init__(self, file: Any, given_up: Callable[[], bool]) -> None:
+        self.file, self.size, self.digest, self.given_up = file, 0, hashlib.sha256(), given_up
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        if self.given_up():
+            self.error = InterruptedError(errno.EINTR, "given up on request")
+            raise self.error
         self.digest.update(data)
         self.size += len(data)
         try:

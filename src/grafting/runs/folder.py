@@ -50,6 +50,7 @@ class RunFolder:
         self.writer = writer  # of several processes one writes, all read
         self.console = console if console and writer else Console(quiet=True)
         self._stop: int | None = None
+        self._at_once = False  # what is being written is given up
         self._lock = FolderLock(self.path)
         self._depth = 0  # of `writing`
         self._recipe: dict[str, Any] | None = None
@@ -295,6 +296,11 @@ class RunFolder:
         (self.path / "samples").mkdir(exist_ok=True)
         save_grid(to_uint8(pixels), self.path / "samples" / f"{stage}-{step:06d}.png")
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether this process writes them."""
+        return self.writer
+
     def save_checkpoint(self, stage: str, step: int, state: Mapping[str, Any], keep: int) -> None:
         """Write `checkpoints/<stage>/<step>.pt` and its manifest; remove all but the newest `keep` and the best.
 
@@ -308,7 +314,9 @@ class RunFolder:
         found = state.get("validation")
         score = found.get(step) if isinstance(found, Mapping) else None
         score = score if isinstance(score, float) and math.isfinite(score) else None
-        checkpoints.save_checkpoint(self.path / "checkpoints" / stage, step, state, keep, score)
+        checkpoints.save_checkpoint(
+            self.path / "checkpoints" / stage, step, state, keep, score, given_up=lambda: self._at_once
+        )
 
     def load_checkpoint(self, stage: str) -> dict[str, Any] | None:
         """The newest whole checkpoint of a stage; a damaged one is named and the one before is used.
@@ -342,6 +350,7 @@ class RunFolder:
 
         def request(number: int, frame: FrameType | None) -> None:
             if self._stop is not None:
+                self._at_once = True
                 raise KeyboardInterrupt
             self._stop = _EXIT_CODES[signal.Signals(number)]
             self.console.say("stopping after this step; press again to stop at once")

@@ -48,6 +48,7 @@ from grafting.training.loop import (
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
 from grafting.training.pupils import Pupil, pupils_of
 from grafting.training.reuse import ReusedTaps
+from grafting.training.saving import CheckpointWriter
 from grafting.training.starts import choose_losses, start_pupils
 
 STAGE = "distill"
@@ -111,6 +112,7 @@ class _Stage:
         self.family, self.student, self.teacher = family, student, teacher
         self.reference = frozen_copy(teacher, compute)  # for taps; self.teacher has the donors
         self.config, self.compute, self.journal = config, compute, journal
+        self.writer = CheckpointWriter(journal, STAGE, config.keep_checkpoints)
         if config.reuse > 1 and compute.world > 1:
             raise RunError(
                 f"distill.reuse={config.reuse} works in one process: several would reuse samples of their own, and the "
@@ -141,7 +143,7 @@ class _Stage:
         blocks = self.family.compilable(self.reference, tapped=True)
         pupils = [pupil.operator for pupil in self.pupils if isinstance(pupil.entry, Replace)]
         try:
-            with compiled([*blocks, *pupils], self.config.compile, self.compute.device):
+            with self.writer, compiled([*blocks, *pupils], self.config.compile, self.compute.device):
                 return self._run()
         finally:
             for group in self.opened:
@@ -181,6 +183,8 @@ class _Stage:
                 losses = {path: list(values) for path, values in whole.items()}
                 _check_losses({path: values[-1].item() for path, values in losses.items()}, step, config.lr)
                 self._checkpoint(step, optimizer, start_error, seconds + clock.seconds, losses)
+                self.writer.wait()
+                self.compute.wait()  # no process ends, and none is ended, before the file is there
                 raise Interrupted(code, step)
             active = [pupil for pupil in pupils if pupil.rested_at is None]
             if not active:
@@ -329,12 +333,12 @@ class _Stage:
     ) -> None:
         if not self.compute.is_main:
             return
-        self.journal.save_checkpoint(STAGE, step, {
+        self.writer.save(step, {
             "step": step, "seconds": seconds, "start_error": start_error, "optimizer": optimizer.state_dict(),
             "skipped": self.bad.skipped, "in_a_row": self.bad.in_a_row,
             "unlogged": dict(unlogged or {}),  # losses since the last line of the log
             "pupils": {pupil.path: pupil.state() for pupil in self.pupils},
-        }, self.config.keep_checkpoints)  # fmt: skip
+        })  # fmt: skip
 
     def _restore(
         self, state: dict[str, Any], optimizer: Optimizers

@@ -39,6 +39,7 @@ from grafting.training.loop import (
 )
 from grafting.training.objectives import mixed_loss
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
+from grafting.training.saving import CheckpointWriter
 from grafting.training.sharding import hold, optimizer_state
 
 STAGE = "finetune"
@@ -158,6 +159,7 @@ class _Stage:
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
         self.config, self.compute, self.journal = config, compute, journal
+        self.writer = CheckpointWriter(journal, STAGE, config.keep_checkpoints)
         matches = any(config.objectives.get(name, 0) > 0 for name in ("output", "features"))
         self.reference = frozen_copy(teacher, compute) if matches and teacher is not None else None
         self.seed = config.seed or 0
@@ -201,7 +203,7 @@ class _Stage:
         self.held = hold(self.student, self.names, blocks, self.compute, self.config.shard)
         self.held.train(True)
         try:
-            with compiled(self._compilable(), self.config.compile, self.compute.device):
+            with self.writer, compiled(self._compilable(), self.config.compile, self.compute.device):
                 return self._run(self.config, self.compute)
         finally:
             if self.config.gradient_checkpointing:
@@ -223,6 +225,8 @@ class _Stage:
             if (code := compute.agree_to_stop(self.journal.stop_requested())) is not None:
                 course.window = [(agreed(compute, losses), norm) for losses, norm in course.window]
                 self._checkpoint(course)
+                self.writer.wait()
+                compute.wait()  # no process ends, and none is ended, before the file is there
                 raise Interrupted(code, step)
             course.optimizer.set_learning_rate(learning_rate(config, step))
             losses, norm = self._backward(step)
@@ -393,7 +397,7 @@ class _Stage:
             "unlogged": list(course.window),
         }  # fmt: skip
         if main:
-            self.journal.save_checkpoint(STAGE, course.step, state, self.config.keep_checkpoints)
+            self.writer.save(course.step, state)
 
     def _flops(self, visits: int) -> float:
         """Three student passes (forward, backward twice) per visit, and one of the teacher where it is matched."""

@@ -33,7 +33,14 @@ class Interrupted(Exception):
 
 
 class Journal(Protocol):
-    """Where a stage reports to and keeps its state. A run folder is one; `Quiet` keeps nothing."""
+    """Where a stage reports to and keeps its state. A run folder is one; `Quiet` keeps nothing.
+
+    `save_checkpoint` is called from another thread, while training goes on, one call at a time; the state is its own.
+    """
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether `save_checkpoint` does anything: otherwise no state is copied for it."""
 
     def log(self, record: Mapping[str, Any]) -> None: ...
     def progress(self, stage: str, step: int, total: int, text: str) -> None: ...
@@ -49,6 +56,11 @@ class Quiet:
     """A journal in memory, for library use."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Only in a subclass that does."""
+        return type(self).save_checkpoint is not Quiet.save_checkpoint
 
     def log(self, record: Mapping[str, Any]) -> None:
         self.records.append(dict(record))
