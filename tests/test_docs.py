@@ -13,6 +13,7 @@ import torch
 
 from grafting import operators
 from grafting.recipes import EvaluateConfig, Recipe, SampleConfig, SynthesizeConfig, load_recipe, packaged
+from grafting.studies import NAMES
 from grafting.training.config import DistillConfig, FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,16 @@ def test_commands_and_options_in_the_pages_exist(page: Path) -> None:
             assert given <= known[name] | {"--help"}, line
     for name in re.findall(r"`graft ([a-z]+)", content):
         assert name in known or name in PLANNED, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_recipes_and_studies_in_the_pages_exist(page: Path) -> None:
+    content = page.read_text(encoding="utf-8")
+    for name in re.findall(r"\bgraft run ([a-z][a-z0-9_./-]*)", content):
+        if not name.endswith(".yaml"):
+            load_recipe(name)
+    for name in re.findall(r"\bgraft study ([a-z][a-z0-9-]*)", content):
+        assert name in NAMES, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

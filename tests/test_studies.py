@@ -462,3 +462,15 @@ def test_a_finding_counts_beyond_two_deviations() -> None:
     assert verdict(("a",), ("missing",)) == OPEN
     assert verdict(("d", "x"), over=1.3) == HOLDS  # 1.3 x 5.3 = 6.89
     assert verdict(("c", "x"), over=1.3) == FAILS
+
+
+def test_rows_are_measured_against_other_samples_of_the_teacher(world: Path, tmp_path: Path) -> None:
+    study = tiny_study(Row("teacher", "teacher", teacher="as it is"), Row("half", "half", half()))
+    given = [text for text in settings_of(world) if not text.startswith("evaluate")]
+    run_rows(study, tmp_path, QUIET, changes=[*given, "evaluate.reference=teacher"])
+    shared = sorted(path.parent.name for path in (tmp_path / "shared" / "teacher").glob("*/samples.npz"))
+    assert shared == ["seed-0", "seed-1000003"]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
+    assert all(row["distance"] > 0 for row in rows.values())
+    drawn = tmp_path / "shared" / "teacher" / "seed-1000003" / "samples.npz"
+    assert (tmp_path / "rows" / "half" / "samples" / "reference.npz").samefile(drawn)

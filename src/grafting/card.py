@@ -128,8 +128,9 @@ def _protocol(run: Path) -> Iterator[str]:
     data = (state.get("inputs") or {}).get("data")
     if data:
         yield f"Data: `{data['name']}`, SHA-256 `{data['sha256']}`."
-    if isinstance(recipe.get("data"), str) and is_caption_folder(Path(recipe["data"])):
-        made = read_manifest(Path(recipe["data"]))["protocol"]
+    pairs = run / str(recipe.get("data")) if recipe.get("synthesize") else Path(str(recipe.get("data")))
+    if is_caption_folder(pairs):
+        made = read_manifest(pairs)["protocol"]
         yield (
             f"It is {made['num']:,} image-text pairs sampled from the base itself: {made['sampler']}, {made['steps']} "
             f"steps, guidance {made['guidance']:g}, seed {made['seed']}."

@@ -23,10 +23,10 @@ from grafting.data.text import CaptionDataset, CaptionSource
 from grafting.errors import RunError
 from grafting.evaluation import compare, evaluate
 from grafting.evaluation.features import load_features
-from grafting.evaluation.measure import NUM_NEIGHBOURS
+from grafting.evaluation.measure import NUM_NEIGHBOURS, check_measures
 from grafting.evaluation.reference import FASHION_TRAIN, TEACHER
 from grafting.families import family_of
-from grafting.families.codec import check_latents
+from grafting.families.codec import check_latents, image_shape
 from grafting.formats import weights
 from grafting.formats.graft_folder import load_graft, save_graft
 from grafting.generation import generate
@@ -103,8 +103,11 @@ class Pipeline:
             )
         return self._data
 
-    def check(self) -> None:
-        """Everything that can be refused before any work: plan against model, data against model."""
+    def check(self, *, to_the_end: bool = False) -> None:
+        """Everything that can be refused before any work: plan against model, data against model.
+
+        to_the_end: this process will sample and measure, too, so whether it can is tried.
+        """
         explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
         if self.recipe.synthesize is not None:
             check_prompts(self.recipe.synthesize.prompts)
@@ -124,6 +127,10 @@ class Pipeline:
                 )
             check_prompts(self.recipe.sample.prompts)
         self.check_evaluation()
+        if to_the_end and self.compute.is_main:
+            shape = image_shape(self.teacher, self.recipe.sample.vae)
+            if (config := self.recipe.evaluate) is not None:
+                check_measures(config.reference, config.features, shape)
 
     def check_evaluation(self) -> None:
         """What would otherwise be found out after hours of training."""
@@ -331,7 +338,7 @@ class Pipeline:
 
         Of several processes all train and sample; the first alone writes and evaluates.
         """
-        self.check()
+        self.check(to_the_end=True)
         wanted = {
             "synthesize": self.recipe.synthesize is not None, "graft": True,
             "distill": self.recipe.distill is not None, "finetune": self.recipe.finetune is not None,

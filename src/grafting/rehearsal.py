@@ -18,6 +18,7 @@ from grafting.analysis.latency import device_name
 from grafting.analysis.memory import gigabytes, weight_bytes
 from grafting.data.packaged_captions import check_prompts
 from grafting.errors import CheckpointError, DataError
+from grafting.evaluation.measure import check_measures
 from grafting.evaluation.reference import FASHION_TRAIN, TEACHER
 from grafting.families import family_of
 from grafting.families.codec import check_latents
@@ -58,7 +59,7 @@ def rehearse(
     explanation = explain(teacher, recipe.graft_plan, recipe.locality)
     costs = plan_cost(teacher, explanation.plan)
     _check_data(pipeline, teacher, missing)
-    _check_evaluation(pipeline, missing)
+    _check_evaluation(pipeline, teacher, missing)
     device = torch.device(pipeline.device)
     bare = estimate.meta_copy(teacher)
     notes: list[str] = []
@@ -133,7 +134,7 @@ def _check_data(pipeline: Pipeline, teacher: nn.Module, missing: list[str]) -> N
     check_latents(data, recipe.sample.vae)
 
 
-def _check_evaluation(pipeline: Pipeline, missing: list[str]) -> None:
+def _check_evaluation(pipeline: Pipeline, teacher: nn.Module, missing: list[str]) -> None:
     config = pipeline.recipe.evaluate
     if config is None:
         return
@@ -147,6 +148,9 @@ def _check_evaluation(pipeline: Pipeline, missing: list[str]) -> None:
         missing += absent
     else:
         pipeline.check_evaluation()
+        channels, height, width = family_of(teacher).sample_shape(teacher)
+        shape = (height, width, channels) if channels != 4 else (VAE_SIDE * height, VAE_SIDE * width, 3)
+        check_measures(config.reference, config.features, shape)
 
 
 def _stages(

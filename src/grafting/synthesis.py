@@ -25,7 +25,7 @@ from grafting.conditioning import Caption
 from grafting.data import text as captions
 from grafting.data.packaged_captions import PackagedCaptions, is_packaged
 from grafting.data.prompts import Prompt, TextEncoder, read_prompts
-from grafting.diffusion import sample
+from grafting.diffusion import NUM_TIMESTEPS, sample
 from grafting.errors import DataError, GraftError, RunError
 from grafting.families import family_of
 from grafting.formats import weights
@@ -57,6 +57,8 @@ class Synthesis:
         for name in ("num", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise GraftError(f"{name}={getattr(self, name)}: at least 1")
+        if not 1 <= self.steps <= NUM_TIMESTEPS:
+            raise GraftError(f"steps={self.steps}: expected a whole number from 1 to {NUM_TIMESTEPS}")
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise GraftError(
                 f"guidance={self.guidance}: expected a finite number of at least 0; 1 means none"

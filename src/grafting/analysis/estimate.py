@@ -45,8 +45,8 @@ def distill_memory(
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of stage 1 at its peak, by what they hold. Models on the meta device; `batch_size` of one pass.
 
-    Tensors that the student shares with the teacher count once. at_once: as if the graphs of all operators were
-    alive together and went backward as one, which stage 1 does not do.
+    Tensors that the student shares with the teacher count once; with `reuse`, so do the taps that are held. at_once: as
+    if the graphs of all operators were alive together and went backward as one, which stage 1 does not do.
     """
     sites = {path: found for path, found in edited_sites(student).items() if found[1].train}
     paths = list(sites)
@@ -56,6 +56,10 @@ def distill_memory(
     def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
         with _autocast(precision):
             taps = family_of(teacher).taps(teacher, x, t, cond, paths)
+        rows = config.reuse_passes * config.batch_size if config.reuse > 1 else 0
+        held = [
+            part.new_empty(rows, *part.shape[1:]) for tap in taps.values() for part in tap if part is not None
+        ]
         losses = []
         for path in paths:
             tap = taps.pop(path)
@@ -67,6 +71,7 @@ def distill_memory(
                 loss.backward()
         if at_once:
             torch.stack(losses).sum().backward()
+        del held
 
     return _with_total({
         "weights": weight_bytes(teacher, student),

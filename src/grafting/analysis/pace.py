@@ -172,7 +172,9 @@ def distill_seconds(
     taps = watch.model(teacher, up_to=max(site.layer for site in sites)).forward
     learn, apply = sum(watch.of(s).both for s in sites), sum(watch.of(s).forward for s in sites)
     params = sum(p.numel() for s in sites for p in s.donor.parameters())
-    step = (taps + learn) * config.batch_size / processes + params * watch.update(sites[0], config, False)
+    step = (taps / config.reuse + learn) * config.batch_size / processes + params * watch.update(
+        sites[0], config, False
+    )
     held_out = config.num_validation * (config.steps / config.validate_every + 3)
     fit = config.fit_samples if config.fit_readout else 0
     visits = min(config.cache_samples, config.steps * config.batch_size)

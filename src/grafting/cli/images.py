@@ -71,6 +71,10 @@ def evaluate(
 
     if reference is None and clip is None:
         raise GraftError("nothing to measure against: give --reference, --clip, or both")
+    if reference is None and features != "auto":
+        raise GraftError(f"--features {features} is for a --reference: give one, or leave it out")
+    if clip is None and captions is not None:
+        raise GraftError("--captions is for --clip: give a CLIP, or leave it out")
     parts = []
     if reference is not None:
         parts.append(measure(samples, reference, features, device=device))

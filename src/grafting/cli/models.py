@@ -62,9 +62,9 @@ def cost(
     plan: Annotated[Path | None, typer.Option(help="Plan file; default: the plan an edited SOURCE has.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time one forward pass, before and after.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Also a table of all layers (always in --json).")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --measure: samples in a pass.")] = 1,
-    repeat: Annotated[int, typer.Option(min=1, help="With --measure: timed passes of either model.")] = 20,
-    warm_up: Annotated[int, typer.Option(min=1, help="With --measure: passes that are not timed.")] = 3,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="With --measure: samples in a pass; 1.")] = None,
+    repeat: Annotated[int | None, typer.Option(min=1, help="With --measure: timed passes of either; 20.")] = None,
+    warm_up: Annotated[int | None, typer.Option(min=1, help="With --measure: passes that are not timed; 3.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="With --measure: time compiled blocks.")] = False,
     num_heads: Heads = None, locality: Locality = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
     json_: Json = False,
@@ -73,8 +73,14 @@ def cost(
     from grafting.analysis.costs import plan_cost
     from grafting.analysis.latency import measure_plan
     from grafting.analysis.memory import weight_bytes
+    from grafting.errors import GraftError
     from grafting.plan import GraftPlan
 
+    of_measure = {"batch_size": batch_size, "repeat": repeat, "warm_up": warm_up, "compile": compile_ or None}
+    given = {name: value for name, value in of_measure.items() if value is not None}
+    if given and not measure:
+        name = next(iter(given)).replace("_", "-")
+        raise GraftError(f"--{name} is for a measurement: give --measure too, or leave it out")
     loaded = GraftPlan.load(plan) if plan else None
     model = open_model(source, num_heads=num_heads, meta=True, dtype=dtype)
     found = plan_cost(model, loaded, locality)
@@ -85,10 +91,7 @@ def cost(
                 f"building random weights: {size:.1f} GB; the edited model has those that stay in common"
             )
         model = open_model(source, num_heads=num_heads, device=device, dtype=dtype)
-        found["measured"] = measure_plan(
-            model, loaded, locality, batch_size=batch_size, repeat=repeat, warm_up=warm_up, seed=seed,
-            compile=compile_,
-        )  # fmt: skip
+        found["measured"] = measure_plan(model, loaded, locality, seed=seed, **given)
     rows, all_layers = found["rows"], found["layers"]
     if json_:
         emit(found)

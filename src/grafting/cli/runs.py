@@ -69,7 +69,7 @@ def run(
             print(f"# {line}")  # what is printed stays a recipe
         return
     pipeline = Pipeline(resolved, RunFolder(folder, new_console()), device)
-    pipeline.check()
+    pipeline.check(to_the_end=True)
     main_process = pipeline.compute.is_main
     if main_process:
         pipeline.run = RunFolder.create(folder, resolved.to_dict(), pipeline.run.console, resume=resume)

@@ -18,7 +18,7 @@ from grafting.evaluation.metrics import (
     label_accuracy,
     precision_recall,
 )
-from grafting.evaluation.reference import FASHION_TRAIN, Progress, extract_all, load_reference
+from grafting.evaluation.reference import FASHION_TRAIN, TEACHER, Progress, extract_all, load_reference
 from grafting.evaluation.samples import SampleFile
 
 NUM_NEIGHBOURS = 3
@@ -81,6 +81,25 @@ def evaluate(
     protocol["features"] = {"name": network.name, "hash": network.weights_hash}
     protocol["num_neighbours"] = NUM_NEIGHBOURS
     return {"metrics": metrics, "protocol": protocol}
+
+
+def check_measures(reference: str | Path, features: str, shape: tuple[int, int, int]) -> None:
+    """Raise what `evaluate` would of images of this shape [H, W, C] against this reference, before there are any.
+
+    One black image goes through the features. reference: also `teacher`, samples that do not exist yet.
+    """
+    if str(reference) == TEACHER and features == "auto":
+        if shape not in _FASHION_SHAPES:
+            raise DataError(
+                f"cannot tell which features suit images of {list(shape)}; give evaluate.features=inception:WEIGHTS"
+            )
+        features = "fashion"
+    network = _network(features, reference)
+    network.extract(np.zeros((1, *shape), dtype=np.uint8), 1, "cpu")
+    if str(reference) == FASHION_TRAIN:
+        load_reference(reference, network)
+    elif str(reference) != TEACHER:
+        SampleFile.open(reference)
 
 
 def _network(features: str, reference: str | Path) -> FeatureNetwork:

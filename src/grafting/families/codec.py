@@ -76,21 +76,9 @@ def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str
     diffusers' AutoencoderKL (default: that of the pipeline that the model came from, else sd-vae-ft-ema), scaled by
     its own factor. Raises `GraftError`.
     """
-    from grafting.formats.pipeline_folder import pipeline_of
-
-    channels = family_of(model).sample_shape(model)[0]
-    if channels in (1, 3) and vae is None:
+    autoencoder = _vae_of(model, vae, device)
+    if autoencoder is None:
         return to_uint8
-    if channels in (1, 3):
-        raise GraftError(
-            f"this model makes pixels and has no use for the VAE {vae!r}: leave it out (--vae, sample.vae)"
-        )
-    if channels != 4:
-        raise GraftError(
-            f"no codec for samples of {channels} channels; sample from Python and decode them yourself"
-        )
-    pipeline = pipeline_of(model) if vae is None else None
-    autoencoder = load_vae(str(pipeline) if pipeline else vae, device)
     scaling, shift = scaling_of(autoencoder)
 
     @torch.no_grad()
@@ -100,6 +88,35 @@ def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str
         return np.concatenate([to_uint8(autoencoder.decode(part).sample) for part in parts])
 
     return decode
+
+
+def image_shape(model: nn.Module, vae: str | None = None) -> tuple[int, int, int]:
+    """(H, W, C) of the images that samples of `model` become by `decoder`. Raises `GraftError`."""
+    channels, height, width = family_of(model).sample_shape(model)
+    autoencoder = _vae_of(model, vae, "cpu")
+    if autoencoder is None:
+        return height, width, channels
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    return factor * height, factor * width, int(autoencoder.config.out_channels)
+
+
+def _vae_of(model: nn.Module, vae: str | None, device: torch.device | str) -> Any:
+    """The autoencoder of a model of latents; None for a model of pixels."""
+    from grafting.formats.pipeline_folder import pipeline_of
+
+    channels = family_of(model).sample_shape(model)[0]
+    if channels in (1, 3) and vae is None:
+        return None
+    if channels in (1, 3):
+        raise GraftError(
+            f"this model makes pixels and has no use for the VAE {vae!r}: leave it out (--vae, sample.vae)"
+        )
+    if channels != 4:
+        raise GraftError(
+            f"no codec for samples of {channels} channels; sample from Python and decode them yourself"
+        )
+    pipeline = pipeline_of(model) if vae is None else None
+    return load_vae(str(pipeline) if pipeline else vae, device)
 
 
 def check_latents(data: Any, vae: str | None) -> None:

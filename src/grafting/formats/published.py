@@ -221,12 +221,14 @@ def _nearest(target: str, shapes: Mapping[str, list[int]]) -> str:
 
 def _donor_ratio(state: Mapping[str, Tensor], config: DiTConfig) -> float:
     """The published DiT has MLP ratio 4; a plain model of another ratio has one ratio throughout."""
-    ratios = {
-        state[name].shape[0] / config.hidden_size
-        for name in (f"blocks.{i}.mlp.fc1.weight" for i in range(config.depth))
-        if name in state and state[name].ndim == 2
-    }
+    ratios = {width / config.hidden_size for width in _mlp_widths(state, config)}
     return ratios.pop() if len(ratios) == 1 and 4.0 not in ratios and not _grafted(state) else 4.0
+
+
+def _mlp_widths(state: Mapping[str, Tensor], config: DiTConfig) -> set[int]:
+    """Hidden widths of the two-layer MLPs of a state dict."""
+    names = (f"blocks.{i}.mlp.fc1.weight" for i in range(config.depth))
+    return {state[name].shape[0] for name in names if name in state and state[name].ndim == 2}
 
 
 def _grafted(state: Mapping[str, Tensor]) -> bool:
@@ -247,6 +249,11 @@ def load_published(path: str | Path, *, num_heads: int | None = None) -> DiT:
         raise CheckpointError(
             f"{where}: holds operators that a DiT does not have (such as {foreign[0]!r}): "
             "it is a grafted checkpoint; read it with `graft import`"
+        )
+    if len(widths := _mlp_widths(state, config)) > 1:
+        raise CheckpointError(
+            f"{where}: its MLPs are {' and '.join(map(str, sorted(widths)))} wide, a DiT's are all alike: it is a "
+            "grafted checkpoint; read it with `graft import`"
         )
     with torch.device("meta"):  # nothing is allocated for a model that its tensors do not fit
         weights.check_fit(DiT(config).state_dict(), state, where)

@@ -7,6 +7,7 @@ differs from the text). The paper's experiments are rows of one table (`table.py
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -51,7 +52,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises RunError.
     """
     if isinstance(source, Mapping):
-        data, where = dict(source), "recipe"
+        data, where = copy.deepcopy(dict(source)), "recipe"  # overrides go into it
     elif (row := _experiment(str(source), overrides)) is not None:
         data, where = row, f"recipe {str(source)!r}"
     else:

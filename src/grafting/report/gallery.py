@@ -101,11 +101,11 @@ def _captioned(files: Mapping[str, images.Samples], texts: list[str], missing: l
     caption = [f"{count} of {min(file.total for file in shown):,} pairs."]
     if len(shown) == 2 and not unlike:
         apart = images.pair_distance(shown[0].images[:count], shown[1].images[:count])
-        others = images.pair_distance(shown[0].images[: count - 1], shown[0].images[1:count])
-        caption.append(
-            f"A pair differs by {apart:.1f} of 255 levels on average; neighbouring teacher samples, of unlike "
-            f"prompts, by {others:.1f}."
-        )
+        text = f"A pair differs by {apart:.1f} of 255 levels on average"
+        if count > 1:
+            others = images.pair_distance(shown[0].images[: count - 1], shown[0].images[1:count])
+            text += f"; neighbouring teacher samples, of unlike prompts, by {others:.1f}"
+        caption.append(f"{text}.")
     if missing:
         caption.append(f"Missing: {'; '.join(missing)}.")
     both = len(shown) == 2 and not unlike

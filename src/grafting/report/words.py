@@ -217,6 +217,8 @@ def stage_costs(run: RunRecord) -> list[StageCost]:
         if name == "distill" and run.settings(name).get("mode") == "cached":
             stored = [finite(run.settings(name).get("cache_samples")), _planned_visits(run, name)]
             passes = min((number for number in stored if number is not None), default=None)
+        elif name == "distill" and passes is not None:
+            passes /= finite(run.settings(name).get("reuse")) or 1
         teacher = None if passes is None or before is None else passes * before
         found.append(StageCost(
             name=name, steps=finite(stage.get("steps")), visits=visits, flops=flops, teacher_flops=teacher,

@@ -35,6 +35,8 @@ def run_study(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
         raise RunError(f"{str(folder)!r} already holds a study; go on with --resume, or give another --out")
     if name == DONOR_INIT:
+        if only or reuse or jobs != 1:
+            raise RunError(f"study {name!r} has no rows of its own: leave out --only, --jobs and --reuse")
         return run_donor_init(folder, console, model=model, seed=seed, device=device, changes=changes)
     return run_rows(
         STUDIES[name], folder, console, model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,

@@ -16,10 +16,11 @@ from grafting.analysis.costs import plan_cost
 from grafting.console import Console
 from grafting.errors import DivergedError, RunError
 from grafting.evaluation import evaluate
+from grafting.evaluation.reference import TEACHER
 from grafting.families import family_of
 from grafting.formats import weights
 from grafting.generation import generate
-from grafting.pipeline import Pipeline
+from grafting.pipeline import OTHER_NOISE, Pipeline
 from grafting.recipes import parse_overrides, recipe_mapping
 from grafting.recipes.rows import Row, Study, UnavailableError, row_recipe
 from grafting.recipes.settings import Recipe, upgraded
@@ -122,7 +123,7 @@ def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
 
 def _run_student(setting: Setting, recipe: Recipe, path: Path, console: Console) -> dict[str, Any]:
     pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
-    pipeline.check()
+    pipeline.check(to_the_end=True)
     pipeline.run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
     diverged = None
     try:
@@ -130,6 +131,8 @@ def _run_student(setting: Setting, recipe: Recipe, path: Path, console: Console)
             shared_stage_1(pipeline, setting.shelf)
             if recipe.evaluate is not None:
                 _link(teacher_samples(setting, pipeline), path / "samples" / "teacher.npz")
+                if recipe.evaluate.reference == TEACHER:
+                    _link(teacher_samples(setting, pipeline, OTHER_NOISE), path / "samples" / "reference.npz")
             pipeline.all()
     except DivergedError as error:
         diverged = str(error)
@@ -159,7 +162,9 @@ def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console
     """The teacher's own rows: as it is, under another noise seed, or finetuned like the student."""
     file = path / "samples" / "student.npz"
     pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
-    pipeline.check()  # before the samples are drawn: is there a reference to measure them against?
+    pipeline.check(
+        to_the_end=True
+    )  # before the samples are drawn: what are they measured against, and by what?
     params = sum(parameter.numel() for parameter in pipeline.teacher.parameters())
     flops = family_of(pipeline.teacher).flops_per_image(pipeline.teacher)
     result: dict[str, Any] = {
@@ -178,7 +183,10 @@ def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console
         result |= outcome
     else:
         _link(teacher_samples(setting, pipeline), file)
-    found = evaluate(file, recipe.evaluate.reference, recipe.evaluate.features, device=setting.device)
+    reference = recipe.evaluate.reference
+    if reference == TEACHER:
+        reference = str(teacher_samples(setting, pipeline, OTHER_NOISE))
+    found = evaluate(file, reference, recipe.evaluate.features, device=setting.device)
     return {
         "metrics": found["metrics"],
         "protocol": found["protocol"],
@@ -187,12 +195,14 @@ def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console
     }
 
 
-def teacher_samples(setting: Setting, pipeline: Pipeline) -> Path:
-    """The samples of the unedited teacher from the noise of this recipe's seed, drawn once for all rows."""
-    file = setting.folder / "shared" / "teacher" / f"seed-{pipeline.recipe.seed}" / "samples.npz"
+def teacher_samples(setting: Setting, pipeline: Pipeline, other: int = 0) -> Path:
+    """Samples of the unedited teacher from the noise of this recipe's seed plus `other`, drawn once for all rows."""
+    seed = pipeline.recipe.seed + other
+    file = setting.folder / "shared" / "teacher" / f"seed-{seed}" / "samples.npz"
     with _alone_in(file.parent):
         if not file.is_file():
-            _sample(pipeline.teacher, pipeline.recipe, file, pipeline.run.console)
+            recipe = pipeline.recipe.model_copy(update={"seed": seed})
+            _sample(pipeline.teacher, recipe, file, pipeline.run.console)
     return file
 
 

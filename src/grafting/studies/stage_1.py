@@ -169,11 +169,10 @@ def _result(
 def _flops(
     teacher: nn.Module, config: DistillConfig, edits: Iterable[Edit], shelved: Mapping[str, Any], visits: int
 ) -> float:
-    """As stage 1 counts: a teacher pass a visit (a stored sample, where cached), three passes of every operator."""
+    """As stage 1 counts: a teacher pass for `reuse` visits (a stored sample, where cached), three of every operator."""
     cost = sum(edit.after.total for edit in edits if edit.site.path in shelved)
-    passes = (
-        min(config.cache_samples, config.steps * config.batch_size) if config.mode == "cached" else visits
-    )
+    stored = min(config.cache_samples, config.steps * config.batch_size)
+    passes = stored if config.mode == "cached" else visits / config.reuse
     return family_of(teacher).flops_per_image(teacher) * passes + 3 * cost * visits
 
 
