@@ -15,6 +15,7 @@ from tiny_runs import tiny_pipeline, tiny_recipe
 from grafting import GraftError, GraftPlan, Replace, graft, load_model
 from grafting.card import model_card
 from grafting.console import Console
+from grafting.data import open_images
 from grafting.errors import CheckpointError, DataError, RunError
 from grafting.evaluation.measure import check_measures
 from grafting.evaluation.samples import write_samples
@@ -144,3 +145,42 @@ def test_images_of_a_latent_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "load_vae", lambda *_: vae)
     assert codec.image_shape(tiny_dit(in_channels=4)) == (32, 32, 3)
     assert codec.image_shape(tiny_dit()) == (8, 8, 1)
+
+
+def test_captions_that_are_encoded_already_are_neither_cut_nor_padded(
+    graft_command: Command, tmp_path: Path
+) -> None:
+    given = (
+        "synthesize",
+        "pixart-emoji",
+        "--prompts",
+        "emoji-train",
+        "--num",
+        "2",
+        "--out",
+        tmp_path / "pairs",
+    )
+    for option in (["--max-tokens", "3"], ["--truncate"]):
+        with pytest.raises(AssertionError, match=r"encoded already: leave out max_tokens and truncate"):
+            graft_command(*given, *option)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_options_of_another_kind_of_images(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match="--label-column means nothing"):
+        open_images(tmp_path / "images", label_column="label")
+    (tmp_path / "images" / "a.tar").touch()
+    with pytest.raises(DataError, match="--follow-links means nothing"):
+        open_images(tmp_path / "images", follow_links=True)
+
+
+def test_heads_that_a_text_to_image_model_does_not_have() -> None:
+    with pytest.raises(CheckpointError, match=r"has 16 heads, not num_heads=7"):
+        load_model("arch:PixArt-Sigma-256", device="meta", num_heads=7)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("demoo", "demo"), ("table4/mha-swaa-50", "mha-swa-50")])
+def test_a_name_with_a_slip_is_recognised(name: str, meant: str) -> None:
+    with pytest.raises(RunError, match=f"did you mean '{meant}'"):
+        load_recipe(name)

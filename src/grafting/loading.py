@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,8 @@ def load_model(
         raise GraftError(f"{source!r} has weights; the meta device is for arch:NAME")
     else:
         model = _load(source, num_heads)
-    heads = model.config.num_heads if isinstance(model, DiT) else None
+    config: Any = model.config
+    heads = config.num_heads if isinstance(model, DiT) else getattr(config, "num_attention_heads", None)
     if num_heads is not None and heads is not None and heads != num_heads:
         raise CheckpointError(f"{source!r} has {heads} heads, not num_heads={num_heads}; leave num_heads out")
     if record_of(model) is None:

@@ -78,6 +78,11 @@ def synthesize(
     out, folder = Path(out), None
     encoded = PackagedCaptions(str(prompts)) if is_packaged(prompts) else None
     if encoded is not None:
+        if settings.max_tokens is not None or settings.truncate:
+            raise GraftError(
+                f"the captions {str(prompts)!r} are encoded already: leave out max_tokens and truncate "
+                "(--max-tokens, --truncate)"
+            )
         found = [Prompt(number, text) for number, text in enumerate(encoded.captions, 1)]
     else:
         folder, found = find_pipeline(source), read_prompts(prompts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,7 +77,7 @@ def cost(
     from grafting.plan import GraftPlan
 
     of_measure = {"batch_size": batch_size, "repeat": repeat, "warm_up": warm_up, "compile": compile_ or None}
-    given = {name: value for name, value in of_measure.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in of_measure.items() if value is not None}
     if given and not measure:
         name = next(iter(given)).replace("_", "-")
         raise GraftError(f"--{name} is for a measurement: give --measure too, or leave it out")

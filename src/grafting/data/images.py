@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -161,6 +161,13 @@ class ImageFolder:
             )
 
 
+def _unused(source: str, options: Mapping[str, object]) -> None:
+    """Raise DataError that names the first option that was given and means nothing to this kind of source."""
+    for option, value in options.items():
+        if value:
+            raise DataError(f"{option} means nothing to what {source!r} holds; leave it out")
+
+
 def open_images(
     source: str | Path,
     *,
@@ -175,29 +182,36 @@ def open_images(
     - webdataset shards: a `.tar`, a pattern (`data/{0000..0099}.tar`, `data/*.tar`), or a folder of `.tar` files;
     - a `.parquet` file, a pattern, or a folder of them (needs pyarrow);
     - `hub:OWNER/NAME`: a dataset of the hub (needs datasets), its `split`.
-    `image_column` and `label_column` are for the last two. Raises `DataError`.
+    `image_column` and `label_column` are for the last two, `follow_links` for the first. Raises `DataError`.
     """
     from grafting.data.tables import HubImages, ParquetImages
     from grafting.data.tars import TarImages, expand
 
     text = str(source)
+    columns = {"--image-column": image_column, "--label-column": label_column}
     if text.startswith(HUB):
+        _unused(text, {"--follow-links": follow_links})
         return HubImages(text.removeprefix(HUB), split, image_column, label_column)
     path = Path(text)
     if path.is_dir():
         for ending in (".tar", ".parquet"):
             held = sorted(p for p in path.iterdir() if p.name.endswith(ending))
             if held and ending == ".tar":
+                _unused(text, {**columns, "--follow-links": follow_links})
                 return TarImages(held, path.resolve().name)
             if held:
+                _unused(text, {"--follow-links": follow_links})
                 return ParquetImages(held, path.resolve().name, image_column, label_column)
+        _unused(text, columns)
         return ImageFolder(path, follow_links=follow_links)
     files = expand(text)
     kinds = {file.suffix for file in files}
     name = Path(text).stem
     if kinds == {".tar"}:
+        _unused(text, {**columns, "--follow-links": follow_links})
         return TarImages(files, name)
     if kinds == {".parquet"}:
+        _unused(text, {"--follow-links": follow_links})
         return ParquetImages(files, name, image_column, label_column)
     raise DataError(
         f"can't tell what images {text!r} holds: expected a folder, .tar or .parquet files (patterns such as "

@@ -19,6 +19,7 @@ from grafting.recipes.presets import PRESETS
 from grafting.recipes.rows import merged, row_recipe
 from grafting.recipes.settings import EvaluateConfig, Pretraining, Recipe, SampleConfig, SynthesizeConfig
 from grafting.recipes.table import PAPER_STUDIES
+from grafting.selectors import closest
 from grafting.training.config import settings
 from grafting.yaml_io import load_yaml
 
@@ -75,8 +76,8 @@ def recipe_mapping(source: str | Path) -> dict[str, Any]:
         path = Path(str(files("grafting.recipes") / f"{source}.yaml"))
     elif not path.is_file():
         raise RunError(
-            f"no recipe {str(source)!r}: expected a file, one of {', '.join(packaged())}, or STUDY/ROW with a study "
-            f"of {', '.join(EXPERIMENTS)} (graft list names the rows)"
+            f"no recipe {str(source)!r}{closest(str(source), packaged())}: expected a file, one of "
+            f"{', '.join(packaged())}, or STUDY/ROW with a study of {', '.join(EXPERIMENTS)} (see graft list)"
         )
     data = load_yaml(path, "recipe", RunError)
     if not isinstance(data, dict):

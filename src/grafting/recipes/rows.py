@@ -14,6 +14,7 @@ from typing import Any
 from grafting.errors import RunError
 from grafting.recipes.presets import FIVE_LAYERS, PRESETS, REAL_SIZE, SHARES, TESTBEDS
 from grafting.recipes.settings import Recipe
+from grafting.selectors import closest
 from grafting.training.config import settings
 
 STANDARD_SHARE = 0.1  # of the training set: what the paper finetunes on where it says nothing else
@@ -75,8 +76,10 @@ class Study:
         for row in self.rows:
             if row.name == name:
                 return row
-        names = ", ".join(row.name for row in self.rows)
-        raise RunError(f"study {self.name!r} has no row {name!r}: it has {names}")
+        names = [row.name for row in self.rows]
+        raise RunError(
+            f"study {self.name!r} has no row {name!r}{closest(name, names)}; it has {', '.join(names)}"
+        )
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
