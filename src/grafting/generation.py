@@ -41,7 +41,7 @@ def generate(
     sampler: str = "ddim",
     guidance: float = 1.5,
     seed: int = 0,
-    batch_size: int = 100,
+    batch_size: int | Literal["auto"] = 100,
     precision: str = "fp32",
     compile: bool | Literal["auto"] = "auto",
     vae: str | None = None,
@@ -55,10 +55,11 @@ def generate(
     needs, modulo their number (or the class of that caption, where captions have one), and their texts are written
     beside (`<path>.captions.jsonl`). Of several processes each
     draws some of the batches and the first writes. `describe` is added to the protocol (model, plan).
+    batch_size: "auto" draws as many at once as the memory of the device takes, and halves that where it does not.
     Raises GraftError.
     """
     path = Path(path)
-    if num < 1 or batch_size < 1:
+    if num < 1 or (batch_size != "auto" and batch_size < 1):
         raise GraftError(f"num={num}, batch_size={batch_size}: both are at least 1")
     if path.suffix != ".npz":
         raise GraftError(f"{str(path)!r}: samples go into an .npz file")
@@ -88,7 +89,15 @@ def generate(
     if classes is None and captions is not None:
         protocol |= {"captions": captions.name, "captions_sha256": captions.content_hash}
     model.eval()
-    batches = torch.arange(num).split(batch_size)
+    if batch_size == "auto":
+        from grafting.analysis.headroom import fitting_batch_size
+
+        size = compute.from_main(fitting_batch_size(
+            model, num, device, guidance=guidance, precision=compute.precision, processes=compute.world
+        ))  # fmt: skip
+    else:
+        size = batch_size
+    batches = torch.arange(num).split(size)
 
     def draw(index: Tensor) -> np.ndarray:
         if classes is None and captions is not None:
@@ -104,7 +113,7 @@ def generate(
             )  # fmt: skip
         return decode(x0)
 
-    images = _in_order(batches, draw, compute)
+    images = _in_order(batches, _within_memory(draw, size, device, halve=batch_size == "auto"), compute)
     sheet: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(compiled(family.compilable(model), compile, device))
@@ -121,10 +130,10 @@ def generate(
             if writer is None:
                 writer = stack.enter_context(SampleWriter(path, num, drawn.shape[1:], labels, protocol))
             writer.append(drawn)
-            if number * batch_size < 100:
+            if number * size < 100:
                 sheet.append(drawn)
             if progress:
-                progress(min(num, (number + 1) * batch_size), num)
+                progress(min(num, (number + 1) * size), num)
     save_grid(
         np.concatenate(sheet)[: min(num, 10 * kinds, 100)],
         path.with_suffix(".png"),
@@ -147,6 +156,41 @@ def _in_order(
         mine = batches[start + compute.rank : start + compute.rank + 1]
         drawn = compute.collect(draw(mine[0]) if mine else None)
         yield from (images for images in drawn if images is not None)
+
+
+def _within_memory(
+    draw: Callable[[Tensor], np.ndarray], size: int, device: torch.device, *, halve: bool
+) -> Callable[[Tensor], np.ndarray]:
+    """`draw` in parts of at most `size` samples; halve: where the device has no memory for those, of half as many.
+
+    Raises GraftError for a part that does not fit and can't be halved.
+    """
+    limit = size
+
+    def drawn(index: Tensor) -> np.ndarray:
+        nonlocal limit
+        parts: list[np.ndarray] = []
+        while len(index):
+            part = index[:limit]
+            try:
+                parts.append(draw(part))
+                index = index[limit:]
+                continue
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            if not halve or len(part) == 1:  # what the failed pass held is given back by now
+                remedy = (
+                    "lower batch_size, or give auto" if len(part) > 1 else "free some, or give fewer pixels"
+                )
+                raise GraftError(
+                    f"{device} has no memory to draw {len(part)} at once ({reason[:120]}); {remedy}"
+                )
+            limit = len(part) // 2
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return np.concatenate(parts)
+
+    return drawn
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int = 10) -> None:

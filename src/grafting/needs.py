@@ -28,8 +28,9 @@ def stage_memory(
         tune = recipe.finetune or FinetuneConfig()
         size = estimate.samples_per_pass(tune, processes)
         return estimate.finetune_memory(teacher, student, tune, size, precision)
-    size = min(recipe.sample.num, recipe.sample.batch_size)
-    return estimate.sample_memory(teacher, student, size, recipe.sample.guidance, precision)
+    draw = recipe.sample
+    size = 1 if draw.batch_size == "auto" else min(draw.num, draw.batch_size)  # auto: the least that it needs
+    return estimate.sample_memory(teacher, student, size, draw.guidance, precision)
 
 
 def student_of(recipe: Recipe, stage: str, teacher: nn.Module, plan: GraftPlan) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import nn
 
 from grafting.analysis import estimate, pace
 from grafting.analysis.costs import plan_cost
+from grafting.analysis.headroom import fitting_batch_size
 from grafting.analysis.latency import device_name
 from grafting.analysis.memory import gigabytes, weight_bytes
 from grafting.data.packaged_captions import check_prompts
@@ -181,7 +182,15 @@ def _stages(
         note("finetune", second.precision, size,
              lambda watch: pace.finetune_seconds(watch, teacher, student, second, processes, adapters))  # fmt: skip
     draw = recipe.sample
-    note("sample", draw.precision, min(draw.num, draw.batch_size), lambda watch: pace.sample_seconds(
+    if draw.batch_size == "auto":
+        size = fitting_batch_size(
+            teacher, draw.num, device, guidance=draw.guidance, precision=make_compute(device, draw.precision).precision,
+            processes=processes, held=weight_bytes(teacher, student),
+        )  # fmt: skip
+    else:
+        size = min(draw.num, draw.batch_size)
+    recipe = recipe.model_copy(update={"sample": draw.model_copy(update={"batch_size": size})})
+    note("sample", draw.precision, size, lambda watch: pace.sample_seconds(
         watch, teacher, student, num=draw.num, steps=draw.steps, guidance=draw.guidance
     ))  # fmt: skip
     return found
@@ -261,7 +270,7 @@ def in_words(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _remedy(stage: str) -> str:
     if stage == "sample":
-        return "lower sample.batch_size"
+        return "lower sample.batch_size, or give auto"
     return f"lower {stage}.micro_batch (samples of a pass)" + (
         ", or say gradient_checkpointing: true or lora" if stage == "finetune" else ""
     )

@@ -44,6 +44,16 @@ def parse_dtype(name: str | None) -> Any:
     return known[name]
 
 
+def parse_batch_size(text: str) -> Any:
+    if text == "auto":
+        return text
+    from grafting.errors import GraftError
+
+    if not text.isdecimal() or int(text) < 1:
+        raise GraftError(f"--batch-size {text!r}: expected a whole number of at least 1, or auto")
+    return int(text)
+
+
 def open_model(
     source: str,
     *,

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, open_model, parse_dtype, show, spread
-from grafting.cli.options import Device, Dtype, Heads, Json, Processes, Seed, Source
+from grafting.cli.common import new_console, open_model, parse_batch_size, parse_dtype, show, spread
+from grafting.cli.options import BatchSize, Device, Dtype, Heads, Json, Processes, Seed, Source
 
 
 @app.command()
@@ -20,7 +20,7 @@ def sample(
     steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     sampler: Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")] = "ddim",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 1.5,
-    batch_size: Annotated[int, typer.Option(min=1)] = 100,
+    batch_size: BatchSize = "100",
     vae: Annotated[str | None, typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="For text to image: a file, or emoji-held-out.")] = None,
     data: Annotated[Path | None, typer.Option(help="Captions for one: a folder of graft synthesize.")] = None,
@@ -33,6 +33,7 @@ def sample(
     from grafting.generation import generate
     from grafting.text_inputs import text_inputs
 
+    at_once = parse_batch_size(batch_size)
     compute = spread(processes, device)
     console = new_console(quiet=not compute.is_main)
     model = open_model(source, num_heads=num_heads, device=str(compute.device), dtype=dtype)
@@ -41,7 +42,7 @@ def sample(
     )
     generate(
         model, out, num=num, captions=captions, steps=steps, sampler=sampler,
-        guidance=guidance, seed=seed, batch_size=batch_size, vae=vae, describe={"model": source},
+        guidance=guidance, seed=seed, batch_size=at_once, vae=vae, describe={"model": source},
         progress=lambda done, total: console.progress("sample", done, total, "images"),
     )  # fmt: skip
     console.close()

@@ -22,6 +22,9 @@ Locality = Annotated[Path | None, typer.Option(help="Locality file for top-local
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes on this machine: one for each GPU, or shares of the CPU.")
 ]
+BatchSize = Annotated[
+    str, typer.Option(help="Samples at once; auto: as many as memory takes.", metavar="INTEGER|auto")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")]
 Set = Annotated[
     list[str] | None,

@@ -39,7 +39,7 @@ class SampleConfig(Settings):
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
     sampler: Literal["ddim", "ddpm", "dpm++"] = "ddim"
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.5
-    batch_size: Count = 100
+    batch_size: Count | Literal["auto"] = 100
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     compile: bool | Literal["auto"] = "auto"
     vae: str | None = None
