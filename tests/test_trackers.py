@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from several import together
@@ -146,6 +147,9 @@ class PerProcess(Recording):
 
 def spread_run(folder: Path, recipe: dict[str, Any], recorded: bool) -> list[tuple[int | None, list[str]]]:
     """The recipe as one of several processes; what a tracker got in this one."""
+    os.environ.pop("OMP_NUM_THREADS", None)  # without it, accelerate would choose a number of threads
+    torch.set_num_threads(3)
+    before = dict(os.environ)
     if recorded:
         tracking.LOGGER_TYPE_TO_CLASS["trackio"] = PerProcess
         tracking._available_trackers = ["trackio"]
@@ -159,7 +163,8 @@ def spread_run(folder: Path, recipe: dict[str, Any], recorded: bool) -> list[tup
     if not main:
         pipeline.run = RunFolder(folder, writer=False)
     pipeline.all()
-    assert os.environ["RANK"] == str(int(not main))
+    assert torch.get_num_threads() == 3
+    assert dict(os.environ) == before
     return [(step, sorted(values)) for tracker in Recording.made for step, values in tracker.rows]
 
 
