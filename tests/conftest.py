@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,32 @@ TINY = DiTConfig(
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors, but for one of diffusers under NumPy 2 that it will have to mend itself."""
+    """Warnings are errors, but for one of diffusers under NumPy 2 that it will have to mend itself. No network."""
+    sys.addaudithook(_no_network)
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
+
+
+ATTEMPTS: list[str] = []
+"""To reach another machine, by this process; each is refused."""
+_HERE = {None, "", "localhost", "127.0.0.1", "::1", socket.gethostname()}
+
+
+def _no_network(event: str, given: tuple[Any, ...]) -> None:
+    """Refuse connections to other machines, and the look-up of their names. (An audit hook: it can't be removed.)"""
+    if event not in ("socket.connect", "socket.getaddrinfo"):
+        return
+    address = given[1] if event == "socket.connect" else given
+    host = address[0] if isinstance(address, tuple) else None  # sockets of this machine have a path
+    if (host.decode() if isinstance(host, bytes) else host) not in _HERE:
+        ATTEMPTS.append(f"{event} {host}")
+        raise ConnectionRefusedError("tests use no network")
+
+
+@pytest.fixture(autouse=True)
+def _network_is_not_asked_for() -> Iterator[None]:
+    yield
+    attempts, ATTEMPTS[:] = ATTEMPTS[:], []
+    assert attempts == []
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +43,17 @@ print(json.dumps([sorted(set(sys.modules) - before), seen]))
     modules, seen = json.loads(done.stdout)
     assert seen == []
     assert [m for m in modules if m.startswith(tuple(f"{name}." for name in HEAVY)) or m in HEAVY] == []
+
+
+def test_tests_reach_no_other_machine() -> None:
+    """The rule of conftest.py, which fails every test that tries."""
+    for host in ("192.0.2.1", "huggingface.co"):
+        with pytest.raises(ConnectionRefusedError, match="tests use no network"):
+            socket.create_connection((host, 443), timeout=1)
+    assert conftest.ATTEMPTS == ["socket.getaddrinfo 192.0.2.1", "socket.getaddrinfo huggingface.co"]
+    conftest.ATTEMPTS.clear()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()
 
 
 def listed(text: str) -> set[str]:

@@ -112,10 +112,10 @@ def kill_and_compare(options: argparse.Namespace, folder: Path) -> dict[str, Any
     for count, moment in enumerate(moments):
         process = start(command, cut, folder / "cut.log", resume=cut.exists())
         while progress(cut) < moment and alive(process):
-            time.sleep(0.002)
+            time.sleep(0.01)
         if count % 2:
             while not partial(cut) and alive(process):
-                pass
+                time.sleep(0.0005)
         else:
             time.sleep(chance.uniform(0, 0.1 * seconds))
         if not alive(process):
