@@ -147,8 +147,7 @@ class PerProcess(Recording):
 
 def spread_run(folder: Path, recipe: dict[str, Any], recorded: bool) -> list[tuple[int | None, list[str]]]:
     """The recipe as one of several processes; what a tracker got in this one."""
-    os.environ.pop("OMP_NUM_THREADS", None)  # without it, accelerate would choose a number of threads
-    torch.set_num_threads(3)
+    os.environ.pop("OMP_NUM_THREADS", None)  # else accelerate would leave the number of threads (1) as it is
     before = dict(os.environ)
     if recorded:
         tracking.LOGGER_TYPE_TO_CLASS["trackio"] = PerProcess
@@ -163,7 +162,7 @@ def spread_run(folder: Path, recipe: dict[str, Any], recorded: bool) -> list[tup
     if not main:
         pipeline.run = RunFolder(folder, writer=False)
     pipeline.all()
-    assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 1
     assert dict(os.environ) == before
     return [(step, sorted(values)) for tracker in Recording.made for step, values in tracker.rows]
 
