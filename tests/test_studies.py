@@ -21,7 +21,7 @@ from grafting.recipes import EXPERIMENTS, Recipe, experiments, load_recipe
 from grafting.recipes.rows import Claim, Row, Study, UnavailableError, row_recipe
 from grafting.recipes.table import BASELINE, TABLE_4, plan_of, teacher_rows
 from grafting.runs import RunFolder
-from grafting.studies import run_rows, run_study
+from grafting.studies import row_run, run_rows, run_study
 from grafting.studies.findings import FAILS, HOLDS, OPEN, UNCLEAR, noise_of, test_claims
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
@@ -432,6 +432,45 @@ def test_a_row_in_other_hands_is_left_to_them(world: Path, tmp_path: Path) -> No
         other.wait()
     run_rows(tiny_study(*rows), tmp_path, QUIET, changes=settings_of(world))  # a dead process holds nothing
     assert (held / "result.json").is_file()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files of a row but for times, pages and pictures."""
+    left_out = {"run.json", "result.json", "status.json", "run.lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in left_out and path.suffix not in (".html", ".png")
+    }
+
+
+def test_a_finetuned_teacher_s_row_that_was_killed_ends_as_if_it_had_not_been(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After training, before its samples: its weights are in checkpoints alone. Left-overs of a killed writer go."""
+    row = Row("teacher-finetuned", "teacher, finetuned", teacher="finetuned")
+    sample = row_run._sample
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments: Any) -> None:
+        raise Killed
+
+    run_rows(tiny_study(row), tmp_path / "whole", QUIET, changes=settings_of(world))
+    monkeypatch.setattr(row_run, "_sample", kill)
+    with pytest.raises(Killed):
+        run_rows(tiny_study(row), tmp_path / "cut", QUIET, changes=settings_of(world))
+    folder = tmp_path / "cut" / "rows" / row.name
+    assert list(folder.glob("checkpoints/finetune/*.pt"))
+    for name in (".result.json.x.tmp", "checkpoints/finetune/.000000009.pt.x.tmp"):
+        (folder / name).write_text("")
+    monkeypatch.setattr(row_run, "_sample", sample)
+    run_rows(tiny_study(row), tmp_path / "cut", QUIET, changes=settings_of(world))
+    found = contents(folder)
+    assert found == contents(tmp_path / "whole" / "rows" / row.name)
+    assert not [name for name in found if name.endswith((".pt", ".tmp"))]
+    assert {"samples/student.npz", "metrics.jsonl"} <= found.keys()
 
 
 # ---- findings
