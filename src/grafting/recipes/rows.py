@@ -70,7 +70,6 @@ class Study:
     claims: tuple[Claim, ...] = ()
     paper_baseline: float | None = None
     summarize: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None  # more for study.json
-    changes: Mapping[str, Any] = field(default_factory=dict)  # of the base, for all rows
 
     def row(self, name: str) -> Row:
         """The row of this name. Raises RunError."""
@@ -110,7 +109,7 @@ def row_recipe(
     testbed = testbed_of(given)
     if base is None:
         base = {"preset": given.get("preset", "small"), **TESTBEDS[testbed]}
-    data = merged(merged(merged(base, study.changes), given), row.changes)
+    data = merged(merged(base, given), row.changes)
     preset = data.get("preset", "grafting")
     if preset not in PRESETS:
         raise RunError(

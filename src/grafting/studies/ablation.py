@@ -16,7 +16,6 @@ DEMO_ABLATION = Study(
         "Controls: the teacher under other noise, and the teacher finetuned with the same stage-2 budget."
     ),
     recipe="demo",
-    changes={"finetune": {"steps": 350}},  # shorter than the demo's, for twelve rows of it
     rows=(
         Row("teacher", "teacher", teacher="as it is"),
         Row("teacher-noise", "teacher, other noise seed", teacher="other noise", seed=1000),
@@ -24,7 +23,7 @@ DEMO_ABLATION = Study(
         Row("random", "random init, no training", {"plan": _RANDOM_HALF, "distill": None, "finetune": None}),
         Row("stage-1", "stage 1 only", {"finetune": None}),
         Row("stage-2", "stage 2 only (donor init)", {"distill": None}),
-        Row("both", "both stages (the demo's way)"),
+        Row("both", "both stages (the demo)"),
         Row("both-diffusion", "both stages, diffusion loss only", {"finetune": _DIFFUSION}),
         Row("both-random", "both stages, random init", {"plan": _RANDOM_HALF}),
         Row("paper-like", "random init, diffusion loss only", {"plan": _RANDOM_HALF, "finetune": _DIFFUSION}),
