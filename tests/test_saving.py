@@ -261,7 +261,7 @@ def test_killed_inside_a_write_while_training_is_further_a_stage_goes_on_to_the_
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints" / stage).iterdir())
     assert [name[:13] for name in left] == [".000000004.js", ".000000004.pt", "000000002.jso", "000000002.pt"]
     cut, whole = folder(tmp_path / "cut"), folder(tmp_path / "whole")
-    assert max(record["step"] for record in cut.metrics()) == 5  # it had gone on while the file was written
+    assert max(record["step"] for record in cut.metrics()) >= 5  # it had gone on while the file was written
     with cut.writing(stage):
         found = train(stage, cut)
     wanted = train(stage, whole)
