@@ -130,3 +130,13 @@ def graft_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         return out
 
     return command
+
+
+@pytest.fixture
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers in what a command prints."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()

@@ -200,6 +200,12 @@ def test_the_ends_of_others_models_are_not_rounded_either() -> None:
     assert seen == [torch.float32] * 4
     assert torch.equal(output, again)
     assert not any("forward" in vars(end) for end in family.ends(model))  # the model is left as it was
+    hooked = {end: functools.partial(type(end).forward, end) for end in family.ends(model)}
+    for end, forward in hooked.items():
+        end.forward = forward  # as accelerate's offload does
+    with torch.no_grad(), BF16.autocast():
+        assert torch.equal(family.predict(model, x, t, cond), output)
+    assert all(vars(end)["forward"] is forward for end, forward in hooked.items())
     half = tiny_transformer().to(torch.bfloat16)  # weights in bf16 are the user's choice
     with torch.no_grad(), BF16.autocast():
         assert family.predict(half, x, t, cond).dtype == torch.bfloat16

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from several import together
-from tiny_runs import tiny_recipe
-
-from grafting.console import Console
-from grafting.pipeline import Pipeline
-from grafting.recipes import load_recipe
-from grafting.runs import RunFolder
+from tiny_runs import run_as_one_of_several, tiny_recipe
 
 CHANGES = {
     "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
@@ -36,15 +31,7 @@ def watched_run(folder: Path, recipe: dict[str, Any]) -> list[str]:
         asked.append(f"{event} {Path(str(given[0])).name}")
 
     sys.addaudithook(watch)
-    resolved = load_recipe(recipe)
-    pipeline = Pipeline(resolved, RunFolder(folder))
-    main = pipeline.compute.is_main
-    if main:
-        pipeline.run = RunFolder.create(folder, resolved.to_dict(), Console(quiet=True))
-    pipeline.compute.wait()
-    if not main:
-        pipeline.run = RunFolder(folder, writer=False)
-    pipeline.all()
+    run_as_one_of_several(recipe, folder)
     return asked
 
 

@@ -15,14 +15,7 @@ from grafting import GraftPlan, Replace
 
 PLAN = GraftPlan([Replace("mha", [1], "hyena_x"), Replace("mha", [3], "swa"), Replace("mlp", [0], "mlp")])
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")

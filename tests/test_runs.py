@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import prediction, tiny_dit
+from tiny_runs import tiny_pipeline
 
 from grafting import Replace, load_graft, load_model, save_model
 from grafting.console import Console
@@ -344,3 +345,17 @@ def test_a_run_does_not_go_on_with_other_data(world: Path, tmp_path: Path) -> No
     pipeline = open_pipeline(tmp_path / "run", Console(quiet=True))
     with pytest.raises(RunError, match=r"the data 'data' is no longer what this run began with"):
         pipeline.finetune()
+
+
+def test_what_was_checked_before_a_run_is_not_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("grafting.pipeline.image_shape", lambda *given: asked.append(given) or (8, 8, 1))
+    once = {"distill": None, "finetune": None}
+    pipeline = tiny_pipeline(tmp_path, "checked", **once)
+    pipeline.check(to_the_end=True)  # as `graft run` does before it writes anything
+    pipeline.all()
+    assert len(asked) == 1
+    tiny_pipeline(tmp_path, "unchecked", **once).all()
+    assert len(asked) == 2

@@ -36,14 +36,7 @@ evaluate: null
 """
 Command = Callable[..., str]
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def latents_by_diffusers(folder: Path, texts: list[str], noise: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,7 @@ from pixart_tools import save_tiny_pipeline
 
 Command = Callable[..., str]
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")

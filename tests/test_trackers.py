@@ -13,11 +13,10 @@ import torch
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from several import together
-from tiny_runs import STAGE, tiny_pipeline, tiny_recipe
+from tiny_runs import STAGE, run_as_one_of_several, tiny_pipeline, tiny_recipe
 
 from grafting.console import Console
 from grafting.errors import RunError
-from grafting.pipeline import Pipeline
 from grafting.recipes import load_recipe
 from grafting.runs import RunFolder
 from grafting.runs.trackers import check_trackers
@@ -153,15 +152,7 @@ def spread_run(folder: Path, recipe: dict[str, Any], recorded: bool) -> list[tup
         tracking.LOGGER_TYPE_TO_CLASS["trackio"] = PerProcess
         tracking._available_trackers = ["trackio"]
         PerProcess.made = Recording.made = []
-    resolved = load_recipe(recipe)
-    pipeline = Pipeline(resolved, RunFolder(folder, writer=False))
-    main = pipeline.compute.is_main
-    if main:
-        pipeline.run = RunFolder.create(folder, resolved.to_dict(), Console(quiet=True))
-    pipeline.compute.wait()
-    if not main:
-        pipeline.run = RunFolder(folder, writer=False)
-    pipeline.all()
+    run_as_one_of_several(recipe, folder)
     assert torch.get_num_threads() == 1
     assert dict(os.environ) == before
     return [(step, sorted(values)) for tracker in Recording.made for step, values in tracker.rows]

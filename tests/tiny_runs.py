@@ -35,6 +35,19 @@ def tiny_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     return recipe
 
 
+def run_as_one_of_several(recipe: dict[str, Any], folder: Path) -> None:
+    """All stages of a recipe in a run folder that the first process makes and the others read."""
+    resolved = load_recipe(recipe)
+    pipeline = Pipeline(resolved, RunFolder(folder, writer=False))
+    main = pipeline.compute.is_main
+    if main:
+        pipeline.run = RunFolder.create(folder, resolved.to_dict(), Console(quiet=True))
+    pipeline.compute.wait()
+    if not main:
+        pipeline.run = RunFolder(folder, writer=False)
+    pipeline.all()
+
+
 def tiny_pipeline(folder: Path, name: str = "run", *, resume: bool = False, **changes: Any) -> Pipeline:
     """The pipeline of that recipe in the run folder `folder`/`name`."""
     recipe = load_recipe(tiny_recipe(folder, **changes))

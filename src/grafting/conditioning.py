@@ -48,9 +48,8 @@ def move(condition: Any, device: torch.device | str) -> Any:
         if (
             kind == "cuda" and tensor.device.type == "cpu"
         ):  # from other memory the copy would wait for the device
-            tensor = (
-                tensor.contiguous().pin_memory()
-            )  # one that was expanded (the empty caption) can't be pinned
+            tensor = tensor.contiguous()  # one that was expanded (the empty caption) can't be pinned
+            tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=kind != "cpu")  # copies to the CPU have to be complete
 
     return each(moved, condition)

@@ -58,6 +58,7 @@ class Pipeline:
     keep_stage_1: bool = False  # leave a copy of the student after stage 1 in stage-1/
     _teacher: nn.Module | None = None
     _data: DataSource | None = None
+    _checked: bool = False  # to the end
 
     def __post_init__(self) -> None:
         self.compute = make_compute(as_device(self.device), "fp32")
@@ -131,6 +132,7 @@ class Pipeline:
             shape = image_shape(self.teacher, self.recipe.sample.vae)
             if (config := self.recipe.evaluate) is not None:
                 check_measures(config.reference, config.features, shape)
+        self._checked = self._checked or to_the_end
 
     def check_evaluation(self) -> None:
         """What would otherwise be found out after hours of training."""
@@ -258,9 +260,7 @@ class Pipeline:
             parts = stage_memory(
                 self.recipe, stage, meta_copy(self.teacher), plan, precision, self.compute.world
             )
-        except (
-            Exception
-        ):  # others' operators may raise anything on tensors without values: no reason not to run
+        except Exception:  # others' operators may raise anything without values: no reason not to run
             return None
         said = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if name != "total")
         self.run.console.say(f"{stage}: needs about {gigabytes(parts['total'])} of memory ({said})")
@@ -338,7 +338,8 @@ class Pipeline:
 
         Of several processes all train and sample; the first alone writes and evaluates.
         """
-        self.check(to_the_end=True)
+        if not self._checked:
+            self.check(to_the_end=True)
         wanted = {
             "synthesize": self.recipe.synthesize is not None, "graft": True,
             "distill": self.recipe.distill is not None, "finetune": self.recipe.finetune is not None,

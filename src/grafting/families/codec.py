@@ -19,10 +19,8 @@ SD_VAE, SD_SCALING = "stabilityai/sd-vae-ft-ema", 0.18215
 SD_VAES = (SD_VAE, "stabilityai/sd-vae-ft-mse")  # one encoder, two decoders
 Decoder = Callable[[Tensor], np.ndarray]
 _ENCODER = ("encoder.", "quant_conv.")
-_AT_ONCE, _LATENTS_AT_ONCE = (
-    8,
-    8 * 64**2,
-)  # images that a VAE decodes at once, and latents: 8 images of 512x512 pixels
+_AT_ONCE = 8  # images that a VAE decodes at once, of at most this many latents together
+_LATENTS_AT_ONCE = 8 * 64**2  # 8 images of 512x512 pixels
 
 
 def load_vae(source: str | None = None, device: torch.device | str = "cpu") -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,26 +28,24 @@ def calls_unrounded(modules: Sequence[nn.Module], device: torch.device) -> Itera
     if not torch.is_autocast_enabled(device.type):
         yield
         return
+    own = [vars(module).get("forward") for module in modules]  # accelerate's offload puts one on the instance
     for module in modules:
-        module.forward = _Unrounded(module)
+        module.forward = _unrounded_forward(module)
     try:
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
-class _Unrounded:
-    """`forward` of a module of others, without autocast."""
+def _unrounded_forward(module: nn.Module) -> Callable[..., Any]:
+    forward, dtype = module.forward, next(module.parameters()).dtype
 
-    def __init__(self, module: nn.Module) -> None:
-        self.forward = module.forward
-        self.dtype = next(module.parameters()).dtype
+    def call(x: Tensor, *rest: Any, **named: Any) -> Any:
+        with unrounded(x.device):
+            return forward(x.to(dtype), *rest, **named)
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        given = [
-            value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for value in inputs
-        ]
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return self.forward(*given, **named)
+    return call

@@ -162,9 +162,7 @@ def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console
     """The teacher's own rows: as it is, under another noise seed, or finetuned like the student."""
     file = path / "samples" / "student.npz"
     pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
-    pipeline.check(
-        to_the_end=True
-    )  # before the samples are drawn: what are they measured against, and by what?
+    pipeline.check(to_the_end=True)  # before samples are drawn: what they are measured against, and by what
     params = sum(parameter.numel() for parameter in pipeline.teacher.parameters())
     flops = family_of(pipeline.teacher).flops_per_image(pipeline.teacher)
     result: dict[str, Any] = {
