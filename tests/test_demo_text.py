@@ -22,7 +22,8 @@ from grafting.diffusion import sample
 from grafting.errors import CheckpointError, DataError, RunError
 from grafting.evaluation import SampleFile, evaluate
 from grafting.evaluation.emoji_classifier import GROUPS, load_emoji_classifier
-from grafting.evaluation.features import EmojiFeatures, FeatureSet
+from grafting.evaluation.feature_set import FeatureSet
+from grafting.evaluation.features import EmojiFeatures
 from grafting.evaluation.metrics import balanced_accuracy
 from grafting.families import family_of
 from grafting.generation import generate

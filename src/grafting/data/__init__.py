@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafting.data.dataset import DataSource, ImageLabelDataset
 from grafting.data.encoder import EncodeConfig
 from grafting.data.encoding import encode_images, preview_encoding
-from grafting.data.images import ImageSource, open_images
+from grafting.data.image_source import ImageSource
+from grafting.data.images import open_images
 from grafting.data.latents import LatentDataset
 from grafting.data.manifest import Manifest
 from grafting.data.sources import load_dataset

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grafting import draws
-from grafting.data.images import ImageSource
+from grafting.data.image_source import ImageSource
 from grafting.data.manifest import MAX_SHARDS
 from grafting.data.pixels import Skipped, decode_image, preprocessing
 from grafting.errors import DataError

@@ -12,11 +12,12 @@ import torch
 
 from grafting.console import Console
 from grafting.data.encoder import EncodeConfig, ShardEncoder
-from grafting.data.images import ImageFolder, ImageSource, open_images
+from grafting.data.image_source import ImageSource
+from grafting.data.images import ImageFolder, open_images
 from grafting.data.latent_folder import LatentFolder
 from grafting.data.manifest import SKIPPED, Manifest
 from grafting.data.pixels import quiet_decoding
-from grafting.data.workers import encode_in_processes
+from grafting.data.workers import encode_in_processes, own_device
 from grafting.errors import DataError
 
 _SLACK_BYTES = 1 << 20
@@ -149,16 +150,6 @@ def launched() -> tuple[int, int]:
     if not (rank.isdecimal() and world.isdecimal()) or int(rank) >= int(world):
         raise DataError(f"RANK={rank!r}, WORLD_SIZE={world!r}: expected a rank below the number of processes")
     return int(rank), int(world)
-
-
-def own_device(device: str | torch.device, rank: int, *, spread: bool = False) -> str:
-    """The device of one of several processes: `cuda` becomes its own GPU of this machine."""
-    text = str(device)
-    if text != "cuda" or not spread:
-        return text
-    local = os.environ.get("LOCAL_RANK", "")
-    number = int(local) if local.isdecimal() else rank
-    return f"cuda:{number % max(1, torch.cuda.device_count())}"
 
 
 def _free(folder: Path) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from grafting.data.images import fingerprint
+from grafting.data.image_source import fingerprint
 from grafting.data.pixels import Skipped
 from grafting.errors import DataError
 

@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from grafting.data.images import fingerprint
+from grafting.data.image_source import fingerprint
 from grafting.data.pixels import EXTENSIONS, MAX_FILE_BYTES, Skipped
 from grafting.errors import DataError
 

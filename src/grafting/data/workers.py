@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 from collections import deque
@@ -10,8 +11,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from grafting.data.encoder import EncodeConfig, ShardEncoder
-from grafting.data.images import ImageSource
+from grafting.data.image_source import ImageSource
 from grafting.data.latent_folder import LatentFolder
 from grafting.errors import DataError, GraftError
 
@@ -20,6 +23,16 @@ if TYPE_CHECKING:
 
 _READY, _IMAGES, _DONE, _ERROR = "ready", "images", "done", "error"
 _GRACE_SECONDS = 10.0
+
+
+def own_device(device: str | torch.device, rank: int, *, spread: bool = False) -> str:
+    """The device of one of several processes: `cuda` becomes its own GPU of this machine."""
+    text = str(device)
+    if text != "cuda" or not spread:
+        return text
+    local = os.environ.get("LOCAL_RANK", "")
+    number = int(local) if local.isdecimal() else rank
+    return f"cuda:{number % max(1, torch.cuda.device_count())}"
 
 
 def encode_in_processes(
@@ -95,7 +108,6 @@ def _work(
     """A worker: asks for a shard, encodes and writes it, until there is none or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    from grafting.data.encoding import own_device
     from grafting.data.pixels import quiet_decoding
     from grafting.loading import as_device
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from grafting.evaluation.comparison import compare, read_evaluation
-from grafting.evaluation.features import FeatureSet, load_features, register_features
+from grafting.evaluation.feature_set import FeatureSet
+from grafting.evaluation.features import load_features, register_features
 from grafting.evaluation.measure import evaluate
 from grafting.evaluation.samples import SampleFile, SampleWriter, to_uint8, write_samples
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grafting.errors import CheckpointError, DataError
-from grafting.evaluation.features import FeatureSet, batches
+from grafting.evaluation.feature_set import FeatureSet, batches
 
 NUM_SPATIAL_CHANNELS = 7
 INPUT_SIZE = 299

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from grafting.errors import DataError
-from grafting.evaluation.features import FeatureNetwork, load_features
+from grafting.evaluation.feature_set import FeatureNetwork
+from grafting.evaluation.features import load_features
 from grafting.evaluation.metrics import (
     balanced_accuracy,
     frechet_distance,

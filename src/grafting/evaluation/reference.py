@@ -13,7 +13,8 @@ import torch
 from grafting.assets import asset_path
 from grafting.data.npz import NpzReader
 from grafting.errors import DataError
-from grafting.evaluation.features import FashionFeatures, FeatureNetwork
+from grafting.evaluation.feature_set import FeatureNetwork
+from grafting.evaluation.features import FashionFeatures
 from grafting.evaluation.metrics import RunningMoments
 from grafting.evaluation.samples import SampleFile
 

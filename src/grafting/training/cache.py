@@ -7,18 +7,35 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grafting import draws
 from grafting.errors import RunError
 from grafting.families import Tap
+from grafting.training.compute import Compute
+from grafting.training.config import DistillConfig
+from grafting.training.loop import Batch, Batches, Journal
+from grafting.training.pupils import Pupil
 
-if TYPE_CHECKING:
-    from grafting.training.distillation import _Stage
+
+class Taught(Protocol):
+    """What the cache asks of a run of stage 1."""
+
+    config: DistillConfig
+    compute: Compute
+    journal: Journal
+    seed: int
+    teacher: nn.Module
+    pupils: list[Pupil]
+    batches: Batches
+
+    def taps(self, batch: Batch, paths: list[str]) -> dict[str, Tap]:
+        """The teacher's taps on one batch."""
+        ...
 
 
 def _stored(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -51,7 +68,7 @@ class ActivationCache:
         folder: Path,
         arrays: dict[str, tuple[np.memmap, np.memmap, np.memmap]],
         size: int,
-        stage: _Stage,
+        stage: Taught,
     ):
         self.folder, self.arrays, self.size = folder, arrays, size
         self.seed, self.device = stage.seed, stage.compute.device
@@ -62,7 +79,7 @@ class ActivationCache:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     @classmethod
-    def collect(cls, stage: _Stage, paths: list[str]) -> ActivationCache:
+    def collect(cls, stage: Taught, paths: list[str]) -> ActivationCache:
         """One teacher pass over `cache_samples` noised samples. Raises RunError if it would not fit the limit."""
         config = stage.config
         size = min(config.cache_samples, config.steps * config.batch_size)
@@ -87,7 +104,7 @@ class ActivationCache:
             raise
 
     @classmethod
-    def _fill(cls, stage: _Stage, paths: list[str], folder: Path, size: int) -> ActivationCache:
+    def _fill(cls, stage: Taught, paths: list[str], folder: Path, size: int) -> ActivationCache:
         config = stage.config
         sites = {pupil.path: pupil.site for pupil in stage.pupils}
         arrays = {}
