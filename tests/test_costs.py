@@ -263,6 +263,13 @@ def test_a_plan_is_measured_compiled(model: nn.Module, monkeypatch: pytest.Monke
     )  # and left as they were
 
 
+def test_a_plan_of_the_depth_alone_has_no_ceiling(model: nn.Module) -> None:
+    plan = GraftPlan.from_dict([{"parallelize": {"groups": [[0, 1]]}}])
+    found = measure_plan(model, plan, repeat=1, warm_up=1)
+    assert "ceiling" not in found
+    assert found["operators"] == []
+
+
 def test_ceilings() -> None:
     assert amdahl(0.31) == pytest.approx(1.45, abs=0.005)  # half of the layers at a share of 62 %
     assert amdahl(0.0) == 1

@@ -37,7 +37,8 @@ def measure_plan(
     model: on the device and in the dtype to measure. plan: None for the plan that an edited model carries; its base is
     then built with random weights, for values matter to neither figure.
     Latencies are medians in milliseconds with quartiles beside; `speedup` is before / after. `ceiling` is Amdahl's:
-    the speedup if the replaced operators cost nothing at all, from their share of the FLOPs and of the measured time.
+    the speedup if the replaced operators cost nothing at all, from their share of the FLOPs and of the measured time;
+    a plan that only rearranges blocks has none.
     `operators` times one layer of each row alone. On the CPU `cpu_ms` are the medians of the processor time that this
     process got, and `cpu_speedup` their ratio: on a machine shared with other work they say more than the clock.
     warm_up: passes of each that are not timed. compile: the blocks of both models, and the operators timed alone, by
@@ -96,10 +97,10 @@ def measure_plan(
         "speedup": latency[0] / latency[1],
         **({"cpu_ms": spent, "cpu_speedup": spent[0] / spent[1]} if device.type == "cpu" else {}),
         "flops_speedup": flops[0] / flops[1],
-        "ceiling": {
+        **({"ceiling": {
             "flops_share": flops_share, "from_flops": amdahl(flops_share),
             "time_share": time_share, "from_time": amdahl(time_share),
-        },
+        }} if edits else {}),
         "operators": rows,
         "peak_memory_bytes": memory,
         "memory": memory_source(device),

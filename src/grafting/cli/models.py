@@ -111,7 +111,9 @@ def import_(
     file: Annotated[Path, typer.Argument(help="Published .pt of a grafted DiT.")],
     out: Annotated[Path, typer.Option(help="Graft folder to make.")],
     num_heads: Heads = None,
-    window: Annotated[int, typer.Option(min=0, help="Window of swa operators; it is in no shape.")] = 4,
+    window: Annotated[
+        int | None, typer.Option(min=0, help="Window of swa operators, which is in no shape; default 4.")
+    ] = None,
 ) -> None:
     """Read a published grafted checkpoint; the plan is read off its keys and shapes."""
     from grafting.formats.graft_folder import save_graft

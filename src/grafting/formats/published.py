@@ -262,13 +262,23 @@ def load_published(path: str | Path, *, num_heads: int | None = None) -> DiT:
     return model
 
 
-def import_published(path: str | Path, *, num_heads: int | None = None, window: int = 4) -> nn.Module:
-    """A published grafted checkpoint as an edited model whose plan was read off the file; it has no base."""
+def import_published(
+    path: str | Path, *, num_heads: int | None = None, window: int | None = None
+) -> nn.Module:
+    """A published grafted checkpoint as an edited model whose plan was read off the file; it has no base.
+
+    window: of the sliding-window operators, 4 if None, as published; it is in no shape. Raises CheckpointError,
+    also for a window where no operator has one.
+    """
     where = str(path)
     state = read_state(path)
     config = infer_config(state, num_heads=num_heads, where=where)
     config = DiTConfig(**{**config.to_dict(), "mlp_ratio": _donor_ratio(state, config)})
-    plan = infer_plan(state, config, window=window, where=where)
+    plan = infer_plan(state, config, window=4 if window is None else window, where=where)
+    if window is not None and not any(isinstance(e, Replace) and e.operator == "swa" for e in plan):
+        raise CheckpointError(
+            f"{where}: window={window}: the file has no 'swa' operator; leave the window out"
+        )
     with torch.device("meta"):  # every tensor comes from the file, so nothing is drawn, hashed or copied here
         skeleton = DiT(config)
     model: nn.Module = graft(skeleton, plan) if len(plan) else skeleton

@@ -9,7 +9,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor or GPU, threads."""
+    """Versions, processor, threads, and the GPUs that this process may use."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -29,5 +29,9 @@ def environment() -> dict[str, Any]:
     found["platform"] = f"{platform.system()} {platform.machine()}"
     found["cpu_count"] = os.cpu_count()
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        found["gpu"] = ", ".join(
+            name if names.count(name) == 1 else f"{names.count(name)} x {name}"
+            for name in dict.fromkeys(names)
+        )
     return found
