@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grafting import operators
-from grafting.kernels import band, gates, installed, trusted
-from grafting.kernels import gated_filter as kernel
+from grafting.kernels import band, decayed, gates, installed, trusted
+from grafting.kernels import filter_pieces as kernel
 from grafting.kernels.self_check import agrees, normals
 from grafting.operators import mamba2
 from grafting.operators.attention import blocked_window_attention
@@ -41,6 +41,15 @@ def arguments(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Ten
     return tuple(torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in sizes)
 
 
+def compare(fast: Tensor, slow: Tensor, given: tuple[Tensor, ...]) -> None:
+    """Values and gradients in float64."""
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(slow.shape, dtype=slow.dtype)
+    for a, b in zip(torch.autograd.grad((fast * weight).sum(), given),
+                    torch.autograd.grad((slow * weight).sum(), given), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("piece_bytes", [64, 200, 1 << 19])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gated_filter_equals_the_plain_path(
@@ -48,12 +57,54 @@ def test_gated_filter_equals_the_plain_path(
 ) -> None:
     monkeypatch.setattr(kernel, "PIECE_BYTES", piece_bytes)
     given = arguments(shape, torch.float64)
-    fast, slow = kernel.gated_filter(*given), plain(*given)
-    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
-    weight = torch.randn(slow.shape, dtype=slow.dtype)
-    for a, b in zip(torch.autograd.grad((fast * weight).sum(), given),
-                    torch.autograd.grad((slow * weight).sum(), given), strict=True):  # fmt: skip
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    compare(kernel.gated_filter(*given), plain(*given), given)
+
+
+@pytest.mark.parametrize("piece_bytes", [64, 200, 1 << 19])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_filter_in_pieces_equals_the_plain_path(
+    shape: tuple[int, int, int, int], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "PIECE_BYTES", piece_bytes)
+    given = arguments(shape, torch.float64)
+    compare(kernel.filtered(*given), causal_filter(*given), given)
+
+
+def decayed_arguments(
+    count: int, tokens: int, heads: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Running sums of log decays of up to 3 a token, scores, values."""
+    draw = torch.Generator().manual_seed(0)
+    steps = -3 * torch.rand(count, tokens, heads, generator=draw, dtype=torch.float64)
+    scores = torch.randn(count, tokens, tokens, generator=draw, dtype=torch.float64)
+    x = torch.randn(count, tokens, heads, width, generator=draw, dtype=torch.float64)
+    return steps.cumsum(1).to(torch.promote_types(dtype, torch.float32)), scores.to(dtype), x.to(dtype)
+
+
+def decayed_plainly(total: Tensor, scores: Tensor, x: Tensor) -> Tensor:
+    """Term by term."""
+    rows = []
+    for i in range(x.shape[1]):
+        decays = torch.exp(total[:, i : i + 1] - total[:, : i + 1])  # [M, j, H]
+        rows.append(torch.einsum("mjh,mj,mjhp->mhp", decays, scores[:, i, : i + 1], x[:, : i + 1]))
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize("piece_bytes", [64, 3000, 1 << 19])
+@pytest.mark.parametrize("shape", [(5, 7, 3, 4), (1, 1, 2, 3), (3, 16, 5, 2)])
+def test_decayed_product_equals_the_sum_term_by_term(
+    shape: tuple[int, int, int, int], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decayed, "PIECE_BYTES", piece_bytes)
+    given = tuple(t.requires_grad_() for t in decayed_arguments(*shape, torch.float64))
+    compare(decayed.decayed_product(*given), decayed_plainly(*given), given)
+
+
+def test_decayed_product_in_bf16_rounds_weights_and_result_alone() -> None:
+    total, scores, x = decayed_arguments(3, 33, 4, 8, torch.bfloat16)
+    exact = decayed_plainly(total.double(), scores.double(), x.double())
+    error = (decayed.decayed_product(total, scores, x).double() - exact).norm() / exact.norm()
+    assert error < 2**-8
 
 
 def test_gated_filter_in_bf16_rounds_once() -> None:

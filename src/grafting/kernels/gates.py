@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from grafting.kernels import gated_filter
+from grafting.kernels import filter_pieces
 
 MAX_TAPS = 8  # of the Triton kernel, whose backward pass is unrolled K times K times
 TRITON = importlib.util.find_spec("triton") is not None
@@ -29,7 +29,7 @@ def available(u: Tensor, weight: Tensor | None, inner: Tensor | None) -> bool:
         from grafting.kernels import trusted
 
         return trusted.gates_are(u.device, u.dtype, taps, weight is not None, inner is not None)
-    return weight is not None and inner is None and gated_filter.available(u)
+    return weight is not None and inner is None and filter_pieces.available(u)
 
 
 def gates(
@@ -40,7 +40,7 @@ def gates(
     Featurizer `weight` [3D, 1, K] and `bias` [3D], inner filter `inner` [D, 1, K] and `shift` [D], or None.
     """
     if u.device.type == "cpu" and weight is not None and bias is not None and inner is None:
-        return gated_filter.gated_filter(u, weight, bias)
+        return filter_pieces.gated_filter(u, weight, bias)
     return fused(u, weight, bias, inner, shift)
 
 

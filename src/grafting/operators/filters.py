@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grafting.kernels import filter_pieces
+
 # Up to this many taps, shifted multiply-adds in the layout [B, N, D] beat `conv1d` and its two
 # transposes (2 to 3 times at 4 taps on a CPU); beyond it the passes over memory add up.
 MAX_SHIFTED_TAPS = 16
@@ -70,6 +72,9 @@ class DepthwiseFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter x [B, N, D] along the tokens, causally."""
+        here = self.weight.device == x.device  # not so under sequential CPU offload
+        if here and self.weight.shape[-1] <= MAX_SHIFTED_TAPS and filter_pieces.available(x):
+            return filter_pieces.filtered(x, self.weight, self.bias)
         return causal_filter(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grafting.kernels import decayed
+
 # How many chunks (or groups of chunks, and so on) one step of the recursion over chunks combines.
 FAN_IN = 16
 
@@ -51,7 +53,8 @@ def carried_states(log_decay: Tensor, added: Tensor) -> Tensor:
 def ssd(x: Tensor, dt: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, chunk_size: int) -> Tensor:
     """y[t] = c[t] . h[t] with h[t] = exp(log_decay[t]) h[t - 1] + dt[t] b[t] x[t]^T, per head.
 
-    x [B, N, H, P], dt and log_decay [B, N, H] in fp32, b and c [B, N, S] shared by the heads -> [B, N, H, P].
+    x [B, N, H, P], dt and log_decay [B, N, H] in fp32, the latter at most 0, b and c [B, N, S] shared by the heads ->
+    [B, N, H, P].
     Decays are formed in fp32, products in the type of x; memory is O(N H (chunk_size + P S / chunk_size)).
     """
     batch, num_tokens, heads, width = x.shape
@@ -69,10 +72,13 @@ def ssd(x: Tensor, dt: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, chunk_si
     x_in = in_chunks(x * dt[..., None].to(x.dtype))  # [B, c, l, H, P]
     b, c = in_chunks(b), in_chunks(c)  # [B, c, l, S]
 
-    decays = torch.exp(_span_sums(steps.transpose(2, 3)))  # [B, c, H, l, s]
     scores = c @ b.transpose(-1, -2)  # [B, c, l, s]
-    weights = scores[:, :, None] * decays.to(scores.dtype)
-    y = weights @ x_in.transpose(2, 3)  # [B, c, H, l, P]
+    if decayed.available(x):
+        pieces = decayed.decayed_product(total.flatten(0, 1), scores.flatten(0, 1), x_in.flatten(0, 1))
+        y = pieces.view_as(x_in).transpose(2, 3)  # [B, c, H, l, P]
+    else:
+        decays = torch.exp(_span_sums(steps.transpose(2, 3)))  # [B, c, H, l, s]
+        y = (scores[:, :, None] * decays.to(scores.dtype)) @ x_in.transpose(2, 3)
     if chunks > 1:
         to_end = torch.exp(total[:, :, -1:] - total)  # [B, c, l, H]
         kept = (x_in * to_end[..., None].to(x.dtype)).permute(0, 1, 3, 4, 2)  # [B, c, H, P, l]
