@@ -19,7 +19,7 @@ from grafting.kernels import filter_pieces as kernel
 from grafting.kernels.self_check import agrees, normals
 from grafting.operators import mamba2
 from grafting.operators.attention import blocked_window_attention
-from grafting.operators.filters import causal_filter
+from grafting.operators.filters import causal_channel_filter, causal_filter
 from grafting.operators.ssd import ssd
 
 SHAPES = [(3, 7, 4, 4), (2, 2, 3, 4), (2, 5, 3, 1), (1, 9, 2, 12), (5, 16, 1, 3)]  # B, N, D, K
@@ -68,6 +68,20 @@ def test_filter_in_pieces_equals_the_plain_path(
     monkeypatch.setattr(kernel, "PIECE_BYTES", piece_bytes)
     given = arguments(shape, torch.float64)
     compare(kernel.filtered(*given), causal_filter(*given), given)
+
+
+@pytest.mark.parametrize("piece_bytes", [64, 200, 1 << 19])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_channel_filter_in_pieces_equals_the_plain_path(
+    shape: tuple[int, int, int, int], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "PIECE_BYTES", piece_bytes)
+    b, n, d, k = shape
+    given = tuple(
+        torch.randn(size, dtype=torch.float64, requires_grad=True)
+        for size in ((b, n, 3 * d), (n, 1, k), (n,))
+    )
+    compare(kernel.filtered_along_channels(*given), causal_channel_filter(*given), given)
 
 
 def decayed_arguments(

@@ -27,6 +27,11 @@ def filtered(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _Filter.apply(x, weight, bias)
 
 
+def filtered_along_channels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [B, N, C], weight [N, 1, K], bias [N] -> the causal filter of x along C, one for each token: [B, N, C]."""
+    return _ChannelFilter.apply(x, weight, bias)
+
+
 def gated_filter(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """u [B, N, 3D], weight [3D, 1, K], bias [3D] -> q * k * v [B, N, D] with q, k, v = causal filter of u."""
     return _GatedFilter.apply(u, weight, bias)
@@ -123,6 +128,44 @@ class _Filter(torch.autograd.Function):
             grad_x[samples, first:stop] = _correlate(grown, taps, count)
             sums.add(grown[:, :count], _with_past(x, samples, first, stop, past, compute))
         return grad_x, *sums.like(weight, bias)
+
+
+class _ChannelFilter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        taps, shift = weight.to(compute), bias.to(compute)  # [N, 1, K], [N]
+        width, past = x.shape[2], weight.shape[-1] - 1
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for samples, first, stop in _pieces(x):
+            padded, own = F.pad(x[samples, first:stop].to(compute), (past, 0)), taps[first:stop]
+            y = torch.addcmul(shift[first:stop, None], padded[..., :width], own[..., 0])
+            for tap in range(1, past + 1):
+                y.addcmul_(padded[..., tap : tap + width], own[..., tap])
+            result[samples, first:stop] = y
+        ctx.save_for_backward(x, weight, bias)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, bias = ctx.saved_tensors
+        compute = torch.promote_types(x.dtype, torch.float32)
+        taps = weight.to(compute)
+        width, past = x.shape[2], weight.shape[-1] - 1
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_taps, grad_shift = torch.zeros_like(taps), torch.zeros_like(bias, dtype=compute)
+        for samples, first, stop in _pieces(x):
+            padded, own = F.pad(x[samples, first:stop].to(compute), (past, 0)), taps[first:stop]
+            grown = F.pad(gradient[samples, first:stop].to(compute), (0, past))
+            g = grown[..., :width]
+            back = g * own[..., past]
+            for tap in range(past):
+                back.addcmul_(grown[..., past - tap : past - tap + width], own[..., tap])
+            grad_x[samples, first:stop] = back
+            for tap in range(past + 1):
+                grad_taps[first:stop, 0, tap] += (g * padded[..., tap : tap + width]).sum((0, 2))
+            grad_shift[first:stop] += g.sum((0, 2))
+        return grad_x, grad_taps.to(weight.dtype), grad_shift.to(bias.dtype)
 
 
 class _GatedFilter(torch.autograd.Function):

@@ -72,10 +72,13 @@ class DepthwiseFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter x [B, N, D] along the tokens, causally."""
-        here = self.weight.device == x.device  # not so under sequential CPU offload
-        if here and self.weight.shape[-1] <= MAX_SHIFTED_TAPS and filter_pieces.available(x):
+        if self._by_pieces(x):
             return filter_pieces.filtered(x, self.weight, self.bias)
         return causal_filter(x, self.weight, self.bias)
+
+    def _by_pieces(self, x: Tensor) -> bool:
+        here = self.weight.device == x.device  # not so under sequential CPU offload
+        return here and self.weight.shape[-1] <= MAX_SHIFTED_TAPS and filter_pieces.available(x)
 
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}, kernel_size={self.weight.shape[-1]}"
@@ -86,4 +89,6 @@ class ChannelFilter(DepthwiseFilter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter x [B, N, C] along the channels, causally."""
+        if self._by_pieces(x):
+            return filter_pieces.filtered_along_channels(x, self.weight, self.bias)
         return causal_channel_filter(x, self.weight, self.bias)
