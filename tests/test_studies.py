@@ -175,7 +175,7 @@ def test_init_of_a_recipe_is_that_of_entries_without_one() -> None:
 
 def test_both_ways_of_the_equal_budget_differ_in_what_is_said_only() -> None:
     ours, paper, third = (
-        load_recipe(f"equal-budget/mha-swa-{name}") for name in ("ours-s2", "paper-lr5e-4", "third-s0")
+        load_recipe(f"equal-budget/mha-hyena_x-{name}") for name in ("ours-s2", "paper-lr5e-4", "third-s0")
     )
     assert (ours.plan[0]["replace"]["init"], paper.plan[0]["replace"]["init"]) == ("donor", "random")
     assert (ours.seed, paper.seed) == (2, 0)
@@ -200,20 +200,24 @@ def test_the_equal_budget_of_given_distances() -> None:
     by_name = {row["name"]: row for row in rows}
     given = {"teacher": 5.0, "teacher-noise-1": 5.2, "teacher-noise-2": 5.4,
              "mha-swa-ours-s0": 6.0, "mha-swa-ours-s1": 6.4, "mha-swa-ours-s2": 6.6,  # excess 1.0, 1.2, 1.2
-             "mha-swa-paper-lr1e-4": 9.0, "mha-swa-paper-lr5e-4": 8.0, "mha-swa-paper-lr1e-3": 8.5,
-             "mha-swa-paper-s1": 8.4, "mha-swa-paper-s2": 9.0,  # excess 3.0 (of 5e-4), 3.2, 3.6
+             "mha-hyena_x-ours-s0": 7.0,  # excess 2.0
+             "mha-hyena_x-paper-lr1e-4": 9.0, "mha-hyena_x-paper-lr5e-4": 7.5, "mha-hyena_x-paper-lr1e-3": 8.5,
+             "mha-hyena_x-paper-s1": 7.9,  # excess 2.5 (of 5e-4), 2.7
+             "mha-swa-paper-s0": 8.0, "mha-swa-paper-s1": 8.4, "mha-swa-paper-s2": 9.0,  # excess 3.0, 3.2, 3.6
              "mha-swa-third-s0": 8.0}  # fmt: skip
     for name, distance in given.items():
         by_name[name]["distance"] = distance
     assert study.summarize is not None
     found = study.summarize(rows)
-    (row,) = found["tables"][0]["rows"]
+    other, row = found["tables"][0]["rows"]
+    assert (other["lr"], other["seeds"]) == ("5e-4", "1, 2, 0")
+    assert other["ratio"] == pytest.approx(2.0 / 2.6)
     assert (row["lr"], row["seeds"]) == ("5e-4", "3, 3, 1")
     assert row["ours"] == pytest.approx(3.4 / 3)
     assert row["paper"] == pytest.approx(9.8 / 3)
     assert row["ratio"] == pytest.approx(3.4 / 9.8)
     assert row["std"]["ours"] == pytest.approx(0.2 / 3**0.5)
-    assert "1 of 1" in found["findings"][0]
+    assert "1 of 2" in found["findings"][0]
     assert "1 of 1" in found["findings"][1]  # 3.0 against 3.27
 
 
