@@ -221,6 +221,41 @@ def test_the_equal_budget_of_given_distances() -> None:
     assert "1 of 1" in found["findings"][1]  # 3.0 against 3.27
 
 
+def equal_budget_of(given: dict[str, float], diverged: tuple[str, ...] = ()) -> dict[str, Any]:
+    study = EXPERIMENTS["equal-budget"]
+    rows = [
+        {"name": row.name, "seed": row.seed, "unedited": row.teacher is not None, "distance": given.get(row.name),
+         "diverged": "loss nan" if row.name in diverged else None}
+        for row in study.rows
+    ]  # fmt: skip
+    assert study.summarize is not None
+    return study.summarize(rows)
+
+
+def test_the_equal_budget_where_one_way_has_no_excess() -> None:
+    given = {"teacher": 5.0, "mha-hyena_x-ours-s0": 5.5, "mha-hyena_x-paper-lr1e-4": 4.9,
+             "mha-hyena_x-paper-lr5e-4": 6.0, "mha-hyena_x-paper-lr1e-3": 6.0}  # fmt: skip
+    found = equal_budget_of(given)
+    assert found["tables"][0]["rows"][0]["ratio"] is None
+    assert "0 of 1" in found["findings"][0]
+    found = equal_budget_of(
+        {**given, "mha-hyena_x-ours-s0": 4.8}
+    )  # better than a teacher that neither reaches
+    assert "1 of 1" in found["findings"][0]
+
+
+def test_the_equal_budget_with_rows_that_diverged() -> None:
+    given = {"teacher": 5.0, "teacher-noise-1": 5.0, "mha-hyena_x-ours-s0": 6.0, "mha-hyena_x-paper-lr1e-4": 9.0,
+             "mha-hyena_x-paper-lr5e-4": 8.0}  # fmt: skip
+    found = equal_budget_of(given, ("mha-hyena_x-paper-lr1e-3", "mha-hyena_x-ours-s1"))
+    (row,) = found["tables"][0]["rows"]
+    assert row["lr"] == "5e-4"
+    assert row["paper"] == pytest.approx(3.0)
+    assert row["ours"] is None  # a mean over what did not diverge would flatter
+    assert "diverged" in row["seeds"]
+    assert "0 of 1" in found["findings"][0]
+
+
 # ---- operators are distilled once
 
 
@@ -385,6 +420,65 @@ def test_other_settings_are_refused_in_a_begun_row(world: Path, tmp_path: Path) 
     assert "sample" in json.loads((tmp_path / "failures/teacher.json").read_text())["error"]
 
 
+def test_rows_of_other_settings_are_refused_beside_finished_ones(world: Path, tmp_path: Path) -> None:
+    """One table has one protocol, whatever --only names."""
+    study = tiny_study(teacher_rows()[0], Row("half", "half", half()))
+    run_rows(study, tmp_path, QUIET, changes=settings_of(world), only=["teacher"])
+    with pytest.raises(RunError, match=r"'teacher' was begun with other settings \(different: sample\)"):
+        run_rows(study, tmp_path, QUIET, changes=[*settings_of(world), "sample.steps=2"], only=["half"])
+    assert not (tmp_path / "rows/half").exists()
+    run_rows(study, tmp_path, QUIET, changes=[*settings_of(world), "name=other"], only=["teacher"])
+
+
+def test_what_fails_before_any_work_does_not_bind_a_row(world: Path, tmp_path: Path) -> None:
+    study = tiny_study(teacher_rows()[0])
+    with pytest.raises(RunError, match="failed"):
+        run_rows(study, tmp_path, QUIET, changes=[*settings_of(world), "evaluate.reference=typo.npz"])
+    run_rows(study, tmp_path, QUIET, changes=settings_of(world))
+    assert (tmp_path / "rows/teacher/result.json").is_file()
+    with pytest.raises(RunError, match="leave evaluate"):
+        run_rows(study, tmp_path / "new", QUIET, changes=[*settings_of(world), "evaluate=null"])
+    with pytest.raises(RunError, match="no folder of a study"):
+        run_rows(study, tmp_path / "new", QUIET, changes=settings_of(world), reuse=[world])
+
+
+def test_teacher_samples_are_those_of_the_sampler_in_use(world: Path, tmp_path: Path) -> None:
+    found = []
+    for steps in (1, 2):  # no row is finished in between, so the second settings are allowed
+        recipe = load_recipe("table4/mha-swa-50", [*settings_of(world), f"sample.steps={steps}"])
+        setting = row_run.Setting(tiny_study(), tmp_path)
+        run = RunFolder(tmp_path / "rows/a", QUIET)
+        found.append(np.load(row_run.teacher_samples(setting, Pipeline(recipe, run)))["arr_0"])
+    assert not np.array_equal(*found)
+
+
+def test_a_locality_file_is_known_by_its_content(world: Path, tmp_path: Path) -> None:
+    row = Row("local", "local", {"plan": plan_of("mha", "hyena_x", "top-local-50")})
+    given = [*settings_of(world), "distill=null", "finetune=null"]
+    file = {"layers": [{"layer": n, "k": {"8": 0.1 * n}} for n in range(4)]}
+    known = []
+    for place in ("a", "b"):
+        path = tmp_path / place / "locality.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(file))
+        recipe = row_recipe(tiny_study(row), row, {"locality": str(path), **row_run.parse_overrides(given)})
+        known.append(row_run._identity(row, recipe))
+    assert known[0] == known[1]
+
+
+def test_what_a_user_sets_does_not_make_a_row_another(tmp_path: Path) -> None:
+    scale, budget = EXPERIMENTS["data-scale"], EXPERIMENTS["equal-budget"]
+    with pytest.raises(UnavailableError, match="leave fraction out"):
+        row_recipe(scale, scale.row("mha-self-data20"), {"fraction": 1.0})
+    assert row_recipe(scale, scale.row("mha-self-data10"), {"fraction": 1.0}).fraction == 1.0
+    for name in ("mha-hyena_x-ours-s0", "mha-hyena_x-paper-lr1e-4"):
+        without = row_recipe(budget, budget.row(name), {"distill": None, "finetune": None})
+        assert (without.distill, without.finetune) == (None, None)
+    third = load_recipe("equal-budget/mha-hyena_x-third-s1", ["finetune.steps=300", "seed=7"])
+    assert third.finetune is not None
+    assert (third.finetune.steps, third.seed) == (100, 8)
+
+
 def test_a_folder_with_a_study_needs_resume(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     with pytest.raises(RunError, match="--resume"):
@@ -511,9 +605,11 @@ def test_rows_are_measured_against_other_samples_of_the_teacher(world: Path, tmp
     study = tiny_study(Row("teacher", "teacher", teacher="as it is"), Row("half", "half", half()))
     given = [text for text in settings_of(world) if not text.startswith("evaluate")]
     run_rows(study, tmp_path, QUIET, changes=[*given, "evaluate.reference=teacher"])
-    shared = sorted(path.parent.name for path in (tmp_path / "shared" / "teacher").glob("*/samples.npz"))
-    assert shared == ["seed-0", "seed-1000003"]
+    drawn = {
+        path.parent.name.rsplit("-", 1)[0]: path
+        for path in (tmp_path / "shared" / "teacher").glob("*/samples.npz")
+    }
+    assert set(drawn) == {"seed-0", "seed-1000003"}
     rows = {row["name"]: row for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
     assert all(row["distance"] > 0 for row in rows.values())
-    drawn = tmp_path / "shared" / "teacher" / "seed-1000003" / "samples.npz"
-    assert (tmp_path / "rows" / "half" / "samples" / "reference.npz").samefile(drawn)
+    assert (tmp_path / "rows" / "half" / "samples" / "reference.npz").samefile(drawn["seed-1000003"])

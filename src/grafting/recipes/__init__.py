@@ -55,7 +55,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if isinstance(source, Mapping):
         data, where = copy.deepcopy(dict(source)), "recipe"  # overrides go into it
     elif (row := _experiment(str(source), overrides)) is not None:
-        data, where = row, f"recipe {str(source)!r}"
+        return row
     else:
         data, where = recipe_mapping(source), f"recipe {str(source)!r}"
     for text in overrides:
@@ -93,8 +93,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return data
 
 
-def _experiment(source: str, overrides: Sequence[str]) -> dict[str, Any] | None:
-    """A row of the paper's table as a whole recipe; None for a source that names none."""
+def _experiment(source: str, overrides: Sequence[str]) -> Recipe | None:
+    """A row of the paper's table as its study would run it; None for a source that names none."""
     name, slash, row = source.partition("/")
     if not slash or name not in EXPERIMENTS or Path(source).is_file():
         return None
@@ -102,7 +102,7 @@ def _experiment(source: str, overrides: Sequence[str]) -> dict[str, Any] | None:
     found = study.row(row)
     if found.teacher is not None or found.best_of:
         raise RunError(f"row {source!r} makes sense within its study only: graft study {name} --only {row}")
-    return row_recipe(study, found, parse_overrides(overrides)).to_dict()
+    return row_recipe(study, found, parse_overrides(overrides))
 
 
 def _override(data: dict[str, Any], text: str) -> None:

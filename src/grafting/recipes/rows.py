@@ -110,6 +110,7 @@ def row_recipe(
     if base is None:
         base = {"preset": given.get("preset", "small"), **TESTBEDS[testbed]}
     data = merged(merged(base, given), row.changes)
+    data |= {stage: None for stage in ("distill", "finetune") if stage in given and given[stage] is None}
     preset = data.get("preset", "grafting")
     if preset not in PRESETS:
         raise RunError(
@@ -136,6 +137,11 @@ def _set_share(row: Row, data: dict[str, Any], given: Mapping[str, Any]) -> None
     """Which fraction of the data both stages see, and which of that stage 2 sees."""
     share = row.share or STANDARD_SHARE
     base = max(share, STANDARD_SHARE)
+    if "fraction" in given and base > STANDARD_SHARE:
+        raise UnavailableError(
+            f"row {row.name!r} needs {base:.0%} of the training set, and a given fraction makes the data the "
+            f"{STANDARD_SHARE:.0%} of the other rows: give the whole and leave fraction out"
+        )
     if "fraction" not in given:
         held = SHARES.get(str(data.get("data")), 1.0)
         if base > held * (1 + 1e-9):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -107,32 +108,47 @@ def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
     Raises UnavailableError (it needs what was not given), GraftError (it failed), Interrupted.
     """
     recipe = setting.recipe(row)
-    if any(needs_locality(entry["replace"]["layers"]) for entry in recipe.plan if "replace" in entry) and (
-        recipe.locality is None
-    ):
+    if _lacks_locality(recipe):
         recipe = recipe.model_copy(update={"locality": _locality(setting, recipe, console)})
     path = setting.row_folder(row.name)
     identity = _identity(row, recipe)
     _check_identity(path, identity, row.name)
     if (taken := _take_over(setting, path, row.name, identity)) is not None:
+        _record_identity(path, identity, row.name)
         return taken
-    if row.teacher is not None:
-        return _run_teacher(setting, row, recipe, path, console)
-    return _run_student(setting, recipe, path, console)
-
-
-def _run_student(setting: Setting, recipe: Recipe, path: Path, console: Console) -> dict[str, Any]:
     pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
-    pipeline.check(to_the_end=True)
+    pipeline.check(to_the_end=True)  # before anything is kept that would bind the row to these settings
+    _record_identity(path, identity, row.name)
+    if row.teacher is not None:
+        return _run_teacher(setting, row, pipeline, path, console)
+    return _run_student(setting, pipeline, path, console)
+
+
+def check_row(setting: Setting, row: Row) -> None:
+    """What can be said of a row before any work: settings that no row can have, or other ones than a finished row has.
+
+    Raises UnavailableError, RunError.
+    """
+    recipe = setting.recipe(row)
+    if recipe.evaluate is None:
+        raise RunError(f"study {setting.study.name!r} compares samples; leave evaluate as it is")
+    if not setting.result_file(row.name).is_file():
+        return
+    if _lacks_locality(recipe) and (file := _locality_file(setting)).is_file():
+        recipe = recipe.model_copy(update={"locality": str(file)})
+    _check_identity(setting.row_folder(row.name), _identity(row, recipe), row.name)
+
+
+def _run_student(setting: Setting, pipeline: Pipeline, path: Path, console: Console) -> dict[str, Any]:
+    recipe = pipeline.recipe
     pipeline.run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
     diverged = None
     try:
         with pipeline.run.writing():
             shared_stage_1(pipeline, setting.shelf)
-            if recipe.evaluate is not None:
-                _link(teacher_samples(setting, pipeline), path / "samples" / "teacher.npz")
-                if recipe.evaluate.reference == TEACHER:
-                    _link(teacher_samples(setting, pipeline, OTHER_NOISE), path / "samples" / "reference.npz")
+            _link(teacher_samples(setting, pipeline), path / "samples" / "teacher.npz")
+            if recipe.evaluate is not None and recipe.evaluate.reference == TEACHER:
+                _link(teacher_samples(setting, pipeline, OTHER_NOISE), path / "samples" / "reference.npz")
             pipeline.all()
     except DivergedError as error:
         diverged = str(error)
@@ -158,19 +174,18 @@ def _run_student(setting: Setting, recipe: Recipe, path: Path, console: Console)
     }
 
 
-def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console: Console) -> dict[str, Any]:
+def _run_teacher(
+    setting: Setting, row: Row, pipeline: Pipeline, path: Path, console: Console
+) -> dict[str, Any]:
     """The teacher's own rows: as it is, under another noise seed, or finetuned like the student."""
-    file = path / "samples" / "student.npz"
-    pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
-    pipeline.check(to_the_end=True)  # before samples are drawn: what they are measured against, and by what
+    recipe, file = pipeline.recipe, path / "samples" / "student.npz"
+    assert recipe.evaluate is not None  # `check_row` has refused it
     params = sum(parameter.numel() for parameter in pipeline.teacher.parameters())
     flops = family_of(pipeline.teacher).flops_per_image(pipeline.teacher)
     result: dict[str, Any] = {
         "flops": 0.0, "seconds": 0.0, "share_of_pretraining": 0.0, "seed": recipe.seed,
         "cost": {"rows": [], "model": {"params": [params, params], "flops_per_image": [flops, flops]}},
     }  # fmt: skip
-    if recipe.evaluate is None:
-        raise RunError(f"study {setting.study.name!r} compares samples; leave evaluate as it is")
     if row.teacher == "finetuned":
         run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
         with run.writing("finetune"):
@@ -195,8 +210,10 @@ def _run_teacher(setting: Setting, row: Row, recipe: Recipe, path: Path, console
 
 def teacher_samples(setting: Setting, pipeline: Pipeline, other: int = 0) -> Path:
     """Samples of the unedited teacher from the noise of this recipe's seed plus `other`, drawn once for all rows."""
-    seed = pipeline.recipe.seed + other
-    file = setting.folder / "shared" / "teacher" / f"seed-{seed}" / "samples.npz"
+    seed, given = pipeline.recipe.seed + other, pipeline.recipe.to_dict()
+    how = json.dumps([given[key] for key in ("model", "num_heads", "dtype", "sample")])
+    name = f"seed-{seed}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
+    file = setting.folder / "shared" / "teacher" / name / "samples.npz"
     with _alone_in(file.parent):
         if not file.is_file():
             recipe = pipeline.recipe.model_copy(update={"seed": seed})
@@ -211,9 +228,18 @@ def _sample(model: Any, recipe: Recipe, file: Path, console: Console) -> None:
     )  # fmt: skip
 
 
+def _lacks_locality(recipe: Recipe) -> bool:
+    entries = [entry["replace"] for entry in recipe.plan if "replace" in entry]
+    return recipe.locality is None and any(needs_locality(entry["layers"]) for entry in entries)
+
+
+def _locality_file(setting: Setting) -> Path:
+    return setting.folder / "shared" / "locality" / "locality.json"
+
+
 def _locality(setting: Setting, recipe: Recipe, console: Console) -> str:
     """The locality of every layer, measured once for the study."""
-    file = setting.folder / "shared" / "locality" / "locality.json"
+    file = _locality_file(setting)
     with _alone_in(file.parent):
         if not file.is_file():
             from grafting.analysis.locality import measure_locality
@@ -246,8 +272,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:
-    """What a row's result depends on, names apart."""
+    """What a row's result depends on, names apart; of a locality file its content, wherever it lies."""
     found = {k: v for k, v in recipe.to_dict().items() if k not in _NOT_OF_THE_RESULT} | {"version": VERSION}
+    if recipe.locality is not None and Path(recipe.locality).is_file():
+        found["locality"] = hashlib.sha256(Path(recipe.locality).read_bytes()).hexdigest()
     if row.teacher in ("as it is", "other noise"):
         found = {
             k: found[k] for k in ("model", "num_heads", "dtype", "seed", "sample", "evaluate", "version")
@@ -256,11 +284,20 @@ def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:
     return {"teacher": row.teacher == "finetuned", **found}
 
 
-def _check_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
-    """Record what a row is when it is begun; later, refuse to go on with other settings."""
-    file = path.parent.parent / "shared" / "rows" / f"{name}.json"
-    if not file.is_file():
+def _identity_file(path: Path, name: str) -> Path:
+    return path.parent.parent / "shared" / "rows" / f"{name}.json"
+
+
+def _record_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
+    """Keep what a row is: it begins now."""
+    if not (file := _identity_file(path, name)).is_file():
         weights.write_json(file, dict(identity))
+
+
+def _check_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
+    """Refuse to go on with a begun row, or to put others beside it, with other settings. Raises RunError."""
+    file = _identity_file(path, name)
+    if not file.is_file():
         return
     known = _read_identity(file)
     now = json.loads(json.dumps(identity))
@@ -309,4 +346,4 @@ def _link(source: Path, target: Path) -> None:
         os.replace(partial, target)
 
 
-__all__ = ["Setting", "distance_of", "run_row"]
+__all__ = ["Setting", "check_row", "distance_of", "run_row"]

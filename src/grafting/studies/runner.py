@@ -23,7 +23,7 @@ from grafting.recipes.rows import Row, Study, UnavailableError
 from grafting.report.study import write_study
 from grafting.runs import FolderLock
 from grafting.studies.collect import collect
-from grafting.studies.row_run import Setting, run_row
+from grafting.studies.row_run import Setting, check_row, run_row
 from grafting.training.loop import Interrupted
 
 
@@ -44,9 +44,13 @@ def run_rows(
     setting = Setting.of(study, folder, model=model, seed=seed, device=device, changes=changes, reuse=reuse)
     if not 1 <= jobs <= 256:
         raise RunError(f"--jobs {jobs}: expected 1 to 256 rows at a time")
-    for row in rows:
+    for other in reuse:
+        if not (other / "shared").is_dir():
+            raise RunError(f"--reuse {str(other)!r}: no folder of a study (it has no shared/)")
+    for row in study.rows:  # all, so that the table has one protocol whatever --only names
         with contextlib.suppress(UnavailableError):
-            setting.recipe(row)  # a setting that no row can have is refused before any work
+            check_row(setting, row)
+    for row in rows:
         _remove_failure(folder, row)
     try:
         if jobs == 1:
