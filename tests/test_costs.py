@@ -270,6 +270,17 @@ def test_a_plan_of_the_depth_alone_has_no_ceiling(model: nn.Module) -> None:
     assert found["operators"] == []
 
 
+@pytest.mark.parametrize("depth", [{"parallelize": {"groups": [[0, 1]]}}, {"prune": {"layers": [0]}}])
+def test_a_plan_that_edits_operators_and_the_depth_has_no_ceiling(
+    model: nn.Module, depth: dict[str, Any]
+) -> None:
+    """Dropped blocks gain more than free operators would: a ceiling of the operators alone would be below that."""
+    plan = GraftPlan.from_dict([{"replace": {"target": "mha", "layers": [2], "with": "hyena_x"}}, depth])
+    found = measure_plan(model, plan, repeat=1, warm_up=1)
+    assert [row["operator"] for row in found["operators"]] == ["hyena_x"]
+    assert "ceiling" not in found
+
+
 def test_ceilings() -> None:
     assert amdahl(0.31) == pytest.approx(1.45, abs=0.005)  # half of the layers at a share of 62 %
     assert amdahl(0.0) == 1

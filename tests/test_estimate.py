@@ -11,9 +11,9 @@ from conftest import tiny_dit
 from torch import nn
 
 from grafting import GraftPlan, Replace, cli, graft
-from grafting.analysis import estimate
+from grafting.analysis import estimate, pace
 from grafting.analysis.memory import peak_bytes, weight_bytes
-from grafting.training.config import FinetuneConfig
+from grafting.training.config import DistillConfig, FinetuneConfig
 from grafting.yaml_io import load_yaml
 
 
@@ -119,8 +119,6 @@ def test_memory_of_stage_2_with_adapters_and_shared_weights(
 def test_what_is_shared_counts_once_and_one_graph_at_a_time_takes_less(
     adapted: tuple[nn.Module, nn.Module, FinetuneConfig],
 ) -> None:
-    from grafting.training.config import DistillConfig
-
     teacher = estimate.meta_copy(adapted[0])
     plan = GraftPlan([Replace("mha", "all", "hyena_x")])
     student, config = graft(teacher, plan, share=True), DistillConfig(steps=1, batch_size=4, micro_batch=2)
@@ -137,6 +135,57 @@ def test_what_is_shared_counts_once_and_one_graph_at_a_time_takes_less(
     assert {k: v for k, v in one.items() if "activ" not in k and k != "total"} == {
         k: v for k, v in all_.items() if "activ" not in k and k != "total"
     }
+
+
+class Paces:
+    """A stopwatch with figures of its own: 2 s and 3 s an image of an operator, 5 s of the teacher, 7 s a parameter."""
+
+    def of(self, site: object) -> pace.Pace:
+        return pace.Pace(2.0, 3.0)
+
+    def model(self, model: nn.Module, up_to: int) -> pace.Pace:
+        assert up_to == 3
+        return pace.Pace(5.0, 0.0)
+
+    def update(self, site: object, config: DistillConfig, average: bool) -> float:
+        return 7.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "teacher_passes"),
+    [
+        ({}, 1, 800),
+        ({}, 8, 100),
+        ({"reuse": 4}, 1, 200),
+        ({"mode": "cached", "cache_samples": 24}, 1, 24),
+        ({"mode": "cached", "cache_samples": 24}, 8, 24),  # each process fills the whole of its own
+        ({"mode": "cached", "cache_samples": 8000}, 8, 800),  # never more than the visits
+    ],
+)
+def test_seconds_of_stage_1(changes: dict[str, object], processes: int, teacher_passes: int) -> None:
+    teacher = estimate.meta_copy(tiny_dit())
+    student = graft(teacher, GraftPlan([Replace("mha", [1, 3], "hyena_x")]))
+    config = DistillConfig.model_validate({
+        "steps": 100, "batch_size": 8, "num_validation": 16, "validate_every": 25, "fit_samples": 32, **changes
+    })  # fmt: skip
+    found = pace.distill_seconds(Paces(), teacher, student, config, processes)  # type: ignore[arg-type]
+    params = sum(
+        p.numel() for path in edited_paths(student) for p in student.get_submodule(path).parameters()
+    )
+    learned, updates = (3 + 3) * 800 / processes, 100 * 7 * params
+    beside = (5 + 2 + 2) * (16 * (4 + 3) + 32)  # held-out and calibration samples: teacher and both operators
+    assert found == pytest.approx(5 * teacher_passes + learned + updates + beside, rel=1e-12)
+
+
+def test_disk_of_stored_activations() -> None:
+    student = graft(
+        estimate.meta_copy(tiny_dit()),
+        GraftPlan([Replace("mha", [1, 3], "hyena_x"), Replace("mlp", [0], "mlp", train=False)]),
+    )
+    config = DistillConfig(steps=100, batch_size=8, mode="cached", cache_samples=24)
+    site = 2 * (2 * 16 * 32 + 32)  # bytes a sample: input and output [16, 32], gate [32], float16
+    assert [estimate.cache_bytes(student, config, n) for n in (1, 8)] == [24 * 2 * site, 8 * 24 * 2 * site]
+    assert estimate.cache_bytes(student, DistillConfig(), 8) == 0
 
 
 def edited_paths(student: nn.Module) -> list[str]:
@@ -157,7 +206,6 @@ def test_recipes_of_real_size_are_rehearsed_without_weights(
 ) -> None:
     """One of each kind; sizes and times are stubbed here, and docs/costs.md has them."""
     from grafting import rehearsal
-    from grafting.analysis import pace
     from grafting.pipeline import Pipeline
     from grafting.recipes import load_recipe
     from grafting.runs import RunFolder

@@ -121,6 +121,23 @@ def test_decayed_product_in_bf16_rounds_weights_and_result_alone() -> None:
     assert error < 2**-8
 
 
+def test_a_second_backward_is_refused() -> None:
+    """The gradients are computed in place, piece by piece, with no graph of their own."""
+    gated = arguments((2, 5, 3, 4), torch.float64)
+    along = (
+        gated[0],
+        *(t.requires_grad_() for t in (torch.randn(5, 1, 3).double(), torch.randn(5).double())),
+    )
+    product = tuple(t.requires_grad_() for t in decayed_arguments(2, 5, 3, 4, torch.float64))
+    for function, given in (
+        (kernel.gated_filter, gated), (kernel.filtered, gated), (kernel.filtered_along_channels, along),
+        (decayed.decayed_product, product),
+    ):  # fmt: skip
+        (first,) = torch.autograd.grad(function(*given).square().sum(), given[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
 def test_gated_filter_in_bf16_rounds_once() -> None:
     given = [t.detach().bfloat16() for t in arguments((2, 33, 8, 4), torch.float32)]
     exact = plain(*(t.double() for t in given))

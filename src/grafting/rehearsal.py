@@ -73,7 +73,7 @@ def rehearse(
             stages = _stages(
                 recipe, bare, explanation.plan, device, processes, {} if watches is None else watches
             )
-            disk = _disk(recipe, bare, explanation.plan)
+            disk = _disk(recipe, bare, explanation.plan, processes)
         except Exception as error:  # an operator whose kernels can't be run without values
             first = next(iter(str(error).splitlines()), "")[:160]
             notes.append(f"memory, time and disk are not estimated: {type(error).__name__}: {first}")
@@ -196,7 +196,7 @@ def _stages(
     return found
 
 
-def _disk(recipe: Recipe, teacher: nn.Module, plan: GraftPlan) -> dict[str, int]:
+def _disk(recipe: Recipe, teacher: nn.Module, plan: GraftPlan, processes: int) -> dict[str, int]:
     """Bytes that the run folder and its temporary files take at most."""
     student = student_of(recipe, "finetune", teacher, plan)
     own = weight_bytes(teacher, student) - weight_bytes(teacher)  # what a graft folder holds
@@ -211,7 +211,7 @@ def _disk(recipe: Recipe, teacher: nn.Module, plan: GraftPlan) -> dict[str, int]
         "checkpoints": max(checkpoints, default=0),
         "graft": own,
         "samples": 2 * recipe.sample.num * pixels,
-        "activations": estimate.cache_bytes(student, recipe.distill) if recipe.distill else 0,
+        "activations": estimate.cache_bytes(student, recipe.distill, processes) if recipe.distill else 0,
     }
 
 

@@ -146,12 +146,15 @@ def checkpoint_bytes(student: nn.Module, config: Optimization) -> int:
     return _bytes(trained) + average + _optimizer_bytes(student, trained, config)
 
 
-def cache_bytes(student: nn.Module, config: DistillConfig) -> int:
-    """Bytes on disk of the stored activations of `mode: cached`."""
+def cache_bytes(student: nn.Module, config: DistillConfig, processes: int = 1) -> int:
+    """Bytes on disk of the stored activations of `mode: cached`: each of the processes stores them all."""
     if config.mode != "cached":
         return 0
     samples = min(config.cache_samples, config.steps * config.batch_size)
-    return sum(2 * (2 * s.num_tokens + 1) * s.width * samples for s, _ in edited_sites(student).values())
+    per_sample = sum(
+        2 * (2 * s.num_tokens + 1) * s.width for s, e in edited_sites(student).values() if e.train
+    )
+    return processes * samples * per_sample
 
 
 # ---- stand-ins

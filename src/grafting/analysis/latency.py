@@ -38,7 +38,7 @@ def measure_plan(
     then built with random weights, for values matter to neither figure.
     Latencies are medians in milliseconds with quartiles beside; `speedup` is before / after. `ceiling` is Amdahl's:
     the speedup if the replaced operators cost nothing at all, from their share of the FLOPs and of the measured time;
-    a plan that only rearranges blocks has none.
+    a plan that rearranges or drops blocks has none, for that gains time too.
     `operators` times one layer of each row alone. On the CPU `cpu_ms` are the medians of the processor time that this
     process got, and `cpu_speedup` their ratio: on a machine shared with other work they say more than the clock.
     warm_up: passes of each that are not timed. compile: the blocks of both models, and the operators timed alone, by
@@ -52,7 +52,8 @@ def measure_plan(
     if device.type == "meta":
         raise GraftError("a model on the meta device has nothing to measure; load it on a real device")
     before, after, plan = _pair(model, plan, locality, seed)
-    edits = explain(before, plan, locality).edits
+    changes = explain(before, plan, locality)
+    edits = changes.edits
     passes = [_forward(m.eval(), batch_size, seed) for m in (before, after)]
     blocks = [block for m in (before, after) for block in family_of(m).compilable(m)]
     with compiled(blocks, compile, device):
@@ -100,7 +101,7 @@ def measure_plan(
         **({"ceiling": {
             "flops_share": flops_share, "from_flops": amdahl(flops_share),
             "time_share": time_share, "from_time": amdahl(time_share),
-        }} if edits else {}),
+        }} if edits and not (changes.groups or changes.pruned) else {}),
         "operators": rows,
         "peak_memory_bytes": memory,
         "memory": memory_source(device),

@@ -172,14 +172,16 @@ def distill_seconds(
     taps = watch.model(teacher, up_to=max(site.layer for site in sites)).forward
     learn, apply = sum(watch.of(s).both for s in sites), sum(watch.of(s).forward for s in sites)
     params = sum(p.numel() for s in sites for p in s.donor.parameters())
-    step = (taps / config.reuse + learn) * config.batch_size / processes + params * watch.update(
-        sites[0], config, False
-    )
+    visits = config.steps * config.batch_size
+    if config.mode == "cached":  # every process fills a cache of its own
+        passes: float = min(config.cache_samples, visits)
+    else:
+        passes = visits / config.reuse / processes
+    update = params * watch.update(sites[0], config, False)
     held_out = config.num_validation * (config.steps / config.validate_every + 3)
     fit = config.fit_samples if config.fit_readout else 0
-    visits = min(config.cache_samples, config.steps * config.batch_size)
-    saved = taps * (config.steps * config.batch_size - visits) if config.mode == "cached" else 0.0
-    return config.steps * step - saved + (taps + apply) * (held_out + fit)
+    trained = learn * visits / processes + config.steps * update
+    return taps * passes + trained + (taps + apply) * (held_out + fit)
 
 
 def finetune_seconds(

@@ -1,7 +1,8 @@
 """Products with scores that decay with distance, on CPUs: a few matrices at a time, so that passes stay in the cache.
 
 The plain path makes and keeps the decays and the weights of all heads, [M, H, l, l] in fp32; here a piece of them lives
-at a time, and backward makes it again. Axes: M chunks of all samples, H heads, P head width, l tokens of a chunk.
+at a time, and backward makes it again; it can't be differentiated a second time.
+Axes: M chunks of all samples, H heads, P head width, l tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PIECE_BYTES = 1 << 19  # of one [m, h, l, l] piece in fp32: a fraction of a core's second-level cache
 
@@ -63,6 +65,7 @@ class _DecayedProduct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total, scores, x = ctx.saved_tensors
         past = scores.tril().to(total.dtype)

@@ -1,7 +1,8 @@
 """Causal filters, and the product q * k * v of a filtered projection, on CPUs: passes that stay in the cache.
 
 The plain path reads and writes the whole tensor about a dozen times, forward and backward; here every pass but the
-first goes over a piece of it, a few samples at a time. Backward recomputes the filter instead of storing its output.
+first goes over a piece of it, a few samples at a time. Backward recomputes the filter instead of storing its output;
+it can't be differentiated again.
 Axes: B batch, N tokens, C channels, D width (C = 3D of a projection), K taps.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PIECE_BYTES = 1 << 19  # of one [b, N, C] piece: a fraction of a core's second-level cache
 
@@ -114,6 +116,7 @@ class _Filter(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias = ctx.saved_tensors
         compute = torch.promote_types(x.dtype, torch.float32)
@@ -147,6 +150,7 @@ class _ChannelFilter(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias = ctx.saved_tensors
         compute = torch.promote_types(x.dtype, torch.float32)
@@ -182,6 +186,7 @@ class _GatedFilter(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u, weight, bias = ctx.saved_tensors
         compute = torch.promote_types(u.dtype, torch.float32)
