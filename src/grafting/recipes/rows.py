@@ -56,6 +56,7 @@ class Claim:
     text: str
     groups: tuple[tuple[str, ...], ...]
     over: float | None = None
+    paper: bool = True  # a finding of the paper; False: a claim of our own
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> Path:
     study: {"name", "title", "about", "columns": [{"key", "label"}], "rows": [{"name", "label", one value per column
     key, "std"?: {key: spread}, "samples": path of an .npz (relative to `folder`) or None, "seconds",
     "group"?: rows that a plot joins}],
-    "findings": [sentences], "claims"?: [{"text", "verdict", "figures", "paper"}], "tables"?: [{"title", "note",
-    "columns", "rows"}], "environment": {name: value}, "scatter": {"x": key, "y": key}, several of these, or None,
-    "protocol"?: {field: value}, "command"?: how to run it again}. Values may be numbers, text or None.
-    Raises RunError where `study` has no rows.
+    "findings": [sentences], "claims"?: [{"text", "verdict", "figures", "paper", "own"?, "why"?}],
+    "tables"?: [{"title", "note", "columns", "rows"}], "environment": {name: value}, "scatter": {"x": key, "y": key},
+    several of these, or None, "protocol"?: {field: value}, "command"?: how to run it again}.
+    Values may be numbers, text or None. Raises RunError where `study` has no rows.
     """
     folder = Path(folder)
     rows = [row for row in sequence(mapping(study).get("rows")) if isinstance(row, Mapping)]
@@ -98,26 +98,26 @@ def _value(row: Mapping[str, Any], key: str) -> str:
 
 
 def _claims(study: Mapping[str, Any]) -> Html | None:
-    """Findings put to the test: what holds, what does not, what noise hides."""
+    """Findings put to the test: what holds, what does not, what noise hides; why the rest is not tested."""
     claims = [mapping(claim) for claim in sequence(study.get("claims"))]
     if not claims:
         return None
-    body: list[list[Child]] = [
-        [plain(claim.get(key) or MISSING) for key in ("verdict", "text", "figures", "paper")]
-        for claim in claims
-    ]
-    heads = [
-        Column("verdict", True),
-        Column("finding", True),
-        Column("distances here", True),
-        Column("paper", True),
-    ]
+    shown = {"verdict": "verdict", "text": "finding", "figures": "distances here", "paper": "paper"}
+    if any(claim.get("why") for claim in claims):
+        shown["why"] = "why it is not tested"
+    own = any(claim.get("own") for claim in claims)
+    body: list[list[Child]] = []
+    for claim in claims:
+        cells: list[Child] = [plain(claim.get(key) or MISSING) for key in shown]
+        body.append([*cells, "our own" if claim.get("own") else "the paper's"] if own else cells)
+    heads = [Column(label, True) for label in (*shown.values(), *(["whose"] if own else []))]
     return section(
-        "claims", "The paper's findings",
+        "claims", "The paper's findings and claims of our own" if own else "The paper's findings",
         data_table("A group in front of < should have the lower distances.", heads, body),
         note(
             "A difference counts where it is larger than two standard deviations of the teacher's own distance over "
-            "noise seeds; every row is one training seed, unless its name says otherwise."
+            "noise seeds, times the factor where a finding is of a multiple of that distance; every row is one "
+            "training seed, unless its name says otherwise."
         ),
     )  # fmt: skip
 

@@ -28,8 +28,13 @@ def collect(setting: Setting) -> dict[str, Any]:
     teachers = {
         row["seed"]: row["distance"] for row in rows if row["unedited"] and row["distance"] is not None
     }
+    # a teacher's result holds no depth; every student's holds that of its teacher
+    depth = next((row["teacher_depth"] for row in rows if row["teacher_depth"] is not None), None)
+    whole = {row.name for row in study.rows if row.teacher is not None}
     for row in rows:
         teacher = teachers.get(row["seed"])
+        if row["depth"] is None and row["name"] in whole:
+            row["depth"] = depth
         row["over_teacher"] = row["distance"] / teacher if row["distance"] is not None and teacher else None
         fid = row["paper_fid"]
         row["paper_over"] = (
@@ -51,7 +56,7 @@ def collect(setting: Setting) -> dict[str, Any]:
         "rows": rows,
         "noise": noise,
         "claims": claims,
-        "findings": sentences(study, claims, noise) or _ranking(rows),
+        "findings": sentences(study, claims, noise),
         "recipe": base["recipe"] if base else None,
         "protocol": _protocol(setting, base),
         "command": _command(setting),
@@ -60,8 +65,10 @@ def collect(setting: Setting) -> dict[str, Any]:
             {"x": key, "y": "distance"} for key in ("model_flops", "model_params", "share_of_pretraining")
         ],
     }
+    if not study.claims and study.summarize is None:
+        data["findings"] += _ranking(rows)
     for row in rows:
-        del row["recipe"]
+        del row["recipe"], row["teacher_depth"]
     if study.summarize is not None:
         more = study.summarize(rows)
         data |= {**more, "findings": [*data["findings"], *more.get("findings", [])]}
@@ -72,6 +79,7 @@ def collect(setting: Setting) -> dict[str, Any]:
 def _entry(setting: Setting, row: Row) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": row.name, "label": row.label, "samples": None, "distance": None, "status": None, "recipe": None,
+        "depth": None, "teacher_depth": None,
         "unedited": row.teacher in ("as it is", "other noise"), "seed": setting.seed + row.seed,
         "paper_fid": row.paper.get("fid"), "paper": dict(row.paper), "group": _group(setting, row),
     }  # fmt: skip
@@ -95,6 +103,7 @@ def _entry(setting: Setting, row: Row) -> dict[str, Any]:
         "model_flops": model.get("flops_per_image", [None, None])[1],
         "model_params": model.get("params", [None, None])[1],
         "depth": model.get("depth", [None, None])[1],
+        "teacher_depth": model.get("depth", [None, None])[0],
         "start_error": found.get("start_error"),
     }
     if len(changes) == 1:
@@ -130,16 +139,9 @@ def _command(setting: Setting) -> str:
 
 
 def _ranking(rows: list[dict[str, Any]]) -> list[str]:
-    """For a study that claims nothing: every row's distance over the teacher's, best first, and what noise does."""
-    unedited = [row["distance"] for row in rows if row["unedited"] and row["distance"] is not None]
-    if len(unedited) < 2:
-        return []
-    found = [
-        f"Noise alone moves the teacher's Frechet distance between {min(unedited):.2f} and {max(unedited):.2f}."
-    ]
+    """For a study that claims nothing: every row's distance over its teacher's, best first."""
     ranked = sorted(
-        (r for r in rows if not r["unedited"] and r["over_teacher"] is not None), key=lambda r: r["distance"]
+        (r for r in rows if not r["unedited"] and r["over_teacher"] is not None),
+        key=lambda r: r["over_teacher"],
     )
-    return found + [
-        f"{row['label']}: {row['over_teacher']:.2f} times the teacher's distance." for row in ranked
-    ]
+    return [f"{row['label']}: {row['over_teacher']:.2f} times the teacher's distance." for row in ranked]

@@ -2,7 +2,7 @@
 
 Noise is measured by the teacher: the standard deviation of its Frechet distance over noise seeds. A finding "A is
 better than B" holds where B's distance exceeds A's by more than two of these, does not hold where A's exceeds B's by
-as much, and is not distinguishable between.
+as much, and is not distinguishable between. Nothing is tested before every noise seed of the study is in.
 """
 
 from __future__ import annotations
@@ -14,25 +14,32 @@ from typing import Any
 
 from grafting.recipes.rows import Claim, Study
 
-HOLDS, FAILS, UNCLEAR, OPEN = "holds", "does not hold", "not distinguishable", "not run"
+HOLDS, FAILS, UNCLEAR, OPEN = "holds", "does not hold", "not distinguishable", "not tested"
 DEVIATIONS = 2.0
 Rows = Mapping[str, Mapping[str, Any]]
 
 
 def noise_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Teacher against teacher: {"seeds", "mean", "deviation" (sample standard deviation; None under two seeds)}."""
-    values = [
-        float(row["distance"]) for row in rows if row.get("unedited") and row.get("distance") is not None
-    ]
+    """Teacher against teacher: {"seeds", "missing" (names of its rows without a distance), "mean", "deviation"}.
+
+    deviation: the sample standard deviation; None under two seeds.
+    """
+    teachers = [row for row in rows if row.get("unedited")]
+    values = [float(row["distance"]) for row in teachers if row.get("distance") is not None]
     return {
         "seeds": len(values),
+        "missing": [str(row.get("name")) for row in teachers if row.get("distance") is None],
         "mean": statistics.fmean(values) if values else None,
         "deviation": statistics.stdev(values) if len(values) > 1 else None,
     }
 
 
 def test_claims(study: Study, rows: Rows, noise: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every claim of the study: {"text", "verdict", "figures", "paper", "gap", "margin"}."""
+    """Every claim of the study: {"text", "verdict", "figures", "paper", "own", "gap", "margin", "why"?}.
+
+    own: it is a claim of ours, not of the paper. gap: how far the groups are apart, negative the wrong way round; None
+    where a row diverged. why: of a claim that can't be tested yet, what it lacks.
+    """
     return [_tested(claim, rows, noise) for claim in study.claims]
 
 
@@ -44,30 +51,44 @@ def _tested(claim: Claim, rows: Rows, noise: Mapping[str, Any]) -> dict[str, Any
         "verdict": OPEN,
         "figures": _listed(claim, {name: _shown(rows.get(name, {})) for name in names}),
         "paper": _listed(claim, {name: _paper(rows.get(name, {})) for name in names}),
+        "own": not claim.paper,
         "gap": None,
         "margin": None,
     }
     missing = [name for name, value in values.items() if value is None]
     deviation = noise.get("deviation")
-    if missing or deviation is None:
-        found["why"] = f"not run: {', '.join(missing)}" if missing else "the teacher has too few noise seeds"
-        return found
+    silent = list(noise.get("missing", ()))
+    reasons = [_without(missing, rows)] if missing else []
+    if silent:
+        reasons.append(f"noise seeds of the teacher: {_without(silent, rows)}")
+    elif deviation is None:
+        reasons.append("the teacher has too few noise seeds")
+    if reasons or deviation is None:
+        return found | {"why": "; ".join(reasons)}
     known = {name: value for name, value in values.items() if value is not None}
-    if claim.over is not None:
-        limit = claim.over * float(noise["mean"])
-        lowest = min(known.values())
-        return found | {
-            "verdict": HOLDS if lowest > limit else FAILS,
-            "gap": _finite(lowest - limit),
-            "margin": 0.0,
-        }
+    if claim.over is not None:  # the limit is a multiple of a noisy distance, and so is its noise
+        gap = min(known.values()) - claim.over * float(noise["mean"])
+        margin = DEVIATIONS * deviation * claim.over
+        return found | {"verdict": _verdict(gap, margin), "gap": _finite(gap), "margin": margin}
     margin = DEVIATIONS * deviation
     gaps = []
     for better, worse in zip(claim.groups, claim.groups[1:], strict=False):
         low, high = max(known[name] for name in better), min(known[name] for name in worse)
         gaps.append(0.0 if low == high else high - low)
-    verdict = FAILS if min(gaps) < -margin else HOLDS if min(gaps) > margin else UNCLEAR
-    return found | {"verdict": verdict, "gap": _finite(min(gaps)), "margin": margin}
+    return found | {"verdict": _verdict(min(gaps), margin), "gap": _finite(min(gaps)), "margin": margin}
+
+
+def _verdict(gap: float, margin: float) -> str:
+    return FAILS if gap < -margin else HOLDS if gap > margin else UNCLEAR
+
+
+def _without(names: Sequence[str], rows: Rows) -> str:
+    """Rows without a distance, by what became of them: "failed: a, b; left out: c; not run: d"."""
+    kinds: dict[str, list[str]] = {"failed": [], "left out": [], "not run": []}
+    for name in names:
+        failed = rows.get(name, {}).get("failed")
+        kinds["failed" if failed else "not run" if failed is None else "left out"].append(name)
+    return "; ".join(f"{kind}: {', '.join(found)}" for kind, found in kinds.items() if found)
 
 
 def _value(row: Mapping[str, Any]) -> float | None:
@@ -96,20 +117,33 @@ def _finite(value: float) -> float | None:
 
 
 def sentences(study: Study, claims: Sequence[Mapping[str, Any]], noise: Mapping[str, Any]) -> list[str]:
-    """The findings in words, those that were tested."""
+    """The noise, and the verdicts counted: the paper's findings, then claims of our own."""
     found = []
-    if noise.get("deviation") is not None:
-        found.append(
-            f"Noise: over {noise['seeds']} noise seeds the teacher's distance is {noise['mean']:.2f} with a standard "
-            f"deviation of {noise['deviation']:.2f}; a difference counts beyond {DEVIATIONS * noise['deviation']:.2f}."
+    if (deviation := noise.get("deviation")) is not None:
+        missing = len(noise.get("missing", ()))
+        seeds = f"{noise['seeds']} of {noise['seeds'] + missing}" if missing else str(noise["seeds"])
+        counts = (
+            "no finding is tested before all are run"
+            if missing
+            else f"a difference counts beyond {DEVIATIONS * deviation:.2f}"
         )
-    tested = [claim for claim in claims if claim["verdict"] != OPEN]
-    if tested:
-        counts = {
-            verdict: sum(c["verdict"] == verdict for c in tested) for verdict in (HOLDS, FAILS, UNCLEAR)
-        }
         found.append(
-            f"Of {len(tested)} findings of the paper {counts[HOLDS]} hold here, {counts[FAILS]} do not, "
-            f"{counts[UNCLEAR]} can't be told from noise."
+            f"Noise: over {seeds} noise seeds the teacher's distance is {noise['mean']:.2f} with a standard deviation "
+            f"of {deviation:.2f}; {counts}."
         )
+    for own, singular, plural in (
+        (False, "finding of the paper", "findings of the paper"), (True, "claim of our own", "claims of our own"),
+    ):  # fmt: skip
+        verdicts = [claim["verdict"] for claim in claims if bool(claim.get("own")) is own]
+        if verdicts:
+            found.append(_counted(verdicts, singular if len(verdicts) == 1 else plural))
     return found
+
+
+def _counted(verdicts: Sequence[str], what: str) -> str:
+    holds, fails, unclear, opened = (verdicts.count(kind) for kind in (HOLDS, FAILS, UNCLEAR, OPEN))
+    rest = f"; {opened} not tested" if opened else ""
+    return (
+        f"Of {len(verdicts)} {what} {holds} {'holds' if holds == 1 else 'hold'} here, {fails} "
+        f"{'does' if fails == 1 else 'do'} not, {unclear} can't be told from noise{rest}."
+    )
