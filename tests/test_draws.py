@@ -42,6 +42,25 @@ def test_uniform_is_inside_of_the_open_interval_at_both_ends() -> None:
     assert (ends < 1).all()
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(0, 10**12), st.integers(1, 300), st.integers(1, 2000))
+def test_spread_integers_are_even_over_any_run_of_indices(
+    seed: int, start: int, count: int, high: int
+) -> None:
+    """The discrepancy of the golden-ratio sequence grows with the logarithm of the run alone."""
+    found = draws.spread_integers(seed, "t", torch.arange(start, start + count), high)
+    assert found.min() >= 0
+    assert found.max() < high
+    below = torch.stack([(found < high * part // 10).sum() for part in range(1, 10)])
+    wanted = torch.tensor([count * (high * part // 10) / high for part in range(1, 10)])
+    assert (below - wanted).abs().max() <= 1 + math.log2(1 + count)
+
+
+def test_spread_integers_differ_between_seeds() -> None:
+    first, second = (draws.spread_integers(seed, "t", torch.arange(500), 1000) for seed in (0, 1))
+    assert (first != second).double().mean() > 0.9
+
+
 def test_normal_is_normal() -> None:
     z = draws.normal(1, "noise", MANY, (3,)).double()
     for moment, wanted, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):

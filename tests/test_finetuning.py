@@ -190,10 +190,30 @@ def test_the_learning_rate_in_closed_form() -> None:
     found = [learning_rate(config, step) for step in range(100)]
     assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert found[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 90)) for i in range(90)])
+    linear = config.model_copy(update={"schedule": "linear"})
+    assert [learning_rate(linear, s) for s in range(10, 100)] == pytest.approx(
+        [1 - i / 90 for i in range(90)]
+    )
     halving = config.model_copy(update={"schedule": "halving", "halve_at": (0.25, 0.5)})
     assert [learning_rate(halving, s) for s in (9, 24, 25, 49, 50, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     constant = config.model_copy(update={"schedule": "constant"})
     assert {learning_rate(constant, s) for s in range(10, 100)} == {1.0}
+
+
+def test_spread_timesteps_cover_all_noise_levels_in_every_batch(
+    data: ImageLabelDataset, teacher: nn.Module
+) -> None:
+    stream = batches(data, teacher, spread=True)
+    for step in range(5):
+        t = stream.at(torch.arange(50 * step, 50 * step + 50)).t
+        assert torch.histc(t.float(), bins=5, min=0, max=1000).sub(10).abs().max() <= 2
+    assert torch.equal(stream.at(torch.arange(7, 12)).t, stream.at(torch.arange(20)).t[7:12])
+    drawn = {}
+    for kind in ("uniform", "spread"):
+        student = graft(teacher, RANDOM)
+        finetune(student, data, {**STAGE_1, "steps": 3, "num_validation": 0, "timesteps": kind})
+        drawn[kind] = torch.cat([p.detach().flatten() for p in student.parameters()])
+    assert not torch.equal(drawn["uniform"], drawn["spread"])
 
 
 def test_label_dropout_and_timesteps_are_drawn_as_said(data: ImageLabelDataset, teacher: nn.Module) -> None:

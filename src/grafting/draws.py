@@ -54,6 +54,16 @@ def integers(seed: int, purpose: str, index: Tensor, high: int) -> Tensor:
     return ((_bits(seed, purpose, index, 1)[:, 0] >> 16) & 0xFFFFFFFF) * high >> 32
 
 
+def spread_integers(seed: int, purpose: str, index: Tensor, high: int) -> Tensor:
+    """int64 [B] in [0, high) that any run of consecutive indices spreads evenly over it: the golden-ratio sequence.
+
+    Uniform over indices like `integers`, but far from the neighbours'. `high` up to 2**31.
+    """
+    start = int(uniform(seed, purpose, torch.zeros(1, dtype=torch.int64)).item() * 2.0**32)  # exact: 25 bits
+    words = (index.to(torch.int64) * _GOLDEN >> 32) & 0xFFFFFFFF
+    return ((words + start) & 0xFFFFFFFF) * high >> 32
+
+
 def normal(seed: int, purpose: str, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """float32 standard normals [B, *shape] for global indices `index` [B] (Box-Muller, tails to 5.9 sigma)."""
     count = math.prod(shape)

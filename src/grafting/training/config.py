@@ -37,7 +37,7 @@ class Optimization(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # None: the run's; 0 without a run
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of linear layers
     lr: Positive = 1e-3
-    schedule: Literal["cosine", "constant", "halving"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "halving"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 20
     halve_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5, 0.75)  # fractions of the run
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
@@ -120,6 +120,9 @@ class FinetuneConfig(Optimization):
     lora: LoraConfig | None = None  # adapters on the rest, which itself stays fixed
     gradient_checkpointing: bool = False  # blocks are computed again in the backward pass instead of kept
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # stratified share of the data that is trained on
+    timesteps: Literal["uniform", "spread"] = (
+        "uniform"  # drawn independently, or so that any run of samples covers all noise levels evenly
+    )
     ema_horizon: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the run: decay = 1 - 1 / (horizon * steps)
     ema_decay: Fraction | None = None  # a fixed decay instead, such as the paper's 0.9999
     output_snr_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0  # 1: all timesteps alike

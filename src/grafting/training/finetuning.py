@@ -181,7 +181,7 @@ class _Stage:
             train = train.subset(config.fraction, self.seed)
         self.batches = Batches(
             train, family, student, seed=self.seed, purpose=STAGE,
-            label_dropout=config.label_dropout, device=compute.device,
+            label_dropout=config.label_dropout, device=compute.device, spread=config.timesteps == "spread",
         )  # fmt: skip
         self.held_out = (
             held_out_shares(self.batches, validation, config.batch_size, compute)

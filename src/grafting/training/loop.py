@@ -102,11 +102,12 @@ class Batches:
 
     def __init__(
         self, data: DataSource, family: Family, model: nn.Module, *, seed: int, purpose: str,
-        label_dropout: float, device: torch.device,
+        label_dropout: float, device: torch.device, spread: bool = False,
     ) -> None:  # fmt: skip
         family.check_data(model, data.name, data.shape, data.num_classes, getattr(data, "caption_width", 0))
         self.data, self.family, self.model = data, family, model
         self.seed, self.purpose, self.label_dropout, self.device = seed, purpose, label_dropout, device
+        self._draw_timesteps = draws.spread_integers if spread else draws.integers
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def at(self, index: Tensor) -> Batch:
@@ -129,7 +130,7 @@ class Batches:
     def noised(self, index: Tensor, x0: Tensor, y: Any) -> Batch:
         """Draw timesteps, noise and label dropout for given samples."""
         x0, index, y = move((x0, index, y), self.device)
-        t = draws.integers(self.seed, f"{self.purpose}/t", index, NUM_TIMESTEPS)
+        t = self._draw_timesteps(self.seed, f"{self.purpose}/t", index, NUM_TIMESTEPS)
         noise = draws.normal(self.seed, f"{self.purpose}/noise", index, tuple(x0.shape[1:]))
         if self.label_dropout > 0:
             dropped = draws.uniform(self.seed, f"{self.purpose}/drop", index) < self.label_dropout
@@ -202,7 +203,7 @@ def split(data: DataSource, num_validation: int, seed: int) -> tuple[DataSource,
 
 
 def learning_rate(config: Optimization, step: int) -> float:
-    """Linear warm-up, then constant, cosine to zero, or halved at fractions of the run."""
+    """Linear warm-up, then constant, to zero by a cosine or a line, or halved at fractions of the run."""
     warmup = min(config.warmup, config.steps // 4)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -210,7 +211,8 @@ def learning_rate(config: Optimization, step: int) -> float:
         return config.lr
     if config.schedule == "halving":
         return config.lr * 0.5 ** sum(step >= fraction * config.steps for fraction in config.halve_at)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+    gone = (step - warmup) / max(1, config.steps - warmup)
+    return config.lr * (1 - gone if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * gone)))
 
 
 class EMA:
