@@ -340,7 +340,8 @@ def test_the_study_s_tables() -> None:
     means, concat, residual, published = found["tables"]
     assert means["rows"][0]["label"] == "teacher"
     assert means["rows"][1] | {"label": ""} == {
-        "label": "", "seeds": 3, "std": {"distance": 1.0, "over_teacher": pytest.approx(0.1)}, "distance": 7.0,
+        "label": "", "seeds": 3, "seeds_over": 3, "distance": 7.0,
+        "std": {"distance": 1.0, "over_teacher": pytest.approx(0.1)},
         "over_teacher": pytest.approx(1.1), "depth": 6, "model_params": None, "model_flops": None, "seconds": None,
     }  # fmt: skip
     assert concat["rows"] == [
