@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grafting import operators
-from grafting.kernels import band, decayed, gates, installed, trusted
+from grafting.kernels import band, decayed, gates, installed, pieces, trusted
 from grafting.kernels import filter_pieces as kernel
 from grafting.kernels.self_check import agrees, normals
 from grafting.operators import mamba2
@@ -55,7 +55,7 @@ def compare(fast: Tensor, slow: Tensor, given: tuple[Tensor, ...]) -> None:
 def test_gated_filter_equals_the_plain_path(
     shape: tuple[int, int, int, int], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "BYTES", piece_bytes)
     given = arguments(shape, torch.float64)
     compare(kernel.gated_filter(*given), plain(*given), given)
 
@@ -65,7 +65,7 @@ def test_gated_filter_equals_the_plain_path(
 def test_filter_in_pieces_equals_the_plain_path(
     shape: tuple[int, int, int, int], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "BYTES", piece_bytes)
     given = arguments(shape, torch.float64)
     compare(kernel.filtered(*given), causal_filter(*given), given)
 
@@ -75,7 +75,7 @@ def test_filter_in_pieces_equals_the_plain_path(
 def test_channel_filter_in_pieces_equals_the_plain_path(
     shape: tuple[int, int, int, int], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "BYTES", piece_bytes)
     b, n, d, k = shape
     given = tuple(
         torch.randn(size, dtype=torch.float64, requires_grad=True)
@@ -109,7 +109,7 @@ def decayed_plainly(total: Tensor, scores: Tensor, x: Tensor) -> Tensor:
 def test_decayed_product_equals_the_sum_term_by_term(
     shape: tuple[int, int, int, int], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decayed, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "BYTES", piece_bytes)
     given = tuple(t.requires_grad_() for t in decayed_arguments(*shape, torch.float64))
     compare(decayed.decayed_product(*given), decayed_plainly(*given), given)
 

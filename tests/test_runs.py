@@ -18,6 +18,7 @@ from grafting.errors import GraftError, RunError
 from grafting.pipeline import Pipeline, open_pipeline
 from grafting.recipes import PRESETS, Recipe, load_recipe, packaged
 from grafting.runs import RunFolder
+from grafting.runs.machine import environment
 
 QUICK = {
     "steps": 2, "batch_size": 8, "num_validation": 4, "warmup": 0, "log_every": 1, "validate_every": 1,
@@ -359,3 +360,13 @@ def test_what_was_checked_before_a_run_is_not_checked_again(
     assert len(asked) == 1
     tiny_pipeline(tmp_path, "unchecked", **once).all()
     assert len(asked) == 2
+
+
+def test_every_gpu_is_named_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = ["A", "B", "A"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", cards.__getitem__)
+    assert environment()["gpu"] == "2 x A, B"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "gpu" not in environment()

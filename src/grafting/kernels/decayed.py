@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE_BYTES = 1 << 19  # of one [m, h, l, l] piece in fp32: a fraction of a core's second-level cache
-
-
-def available(x: Tensor) -> bool:
-    """Whether this path is for such a tensor."""
-    return x.device.type == "cpu" and x.is_floating_point() and not torch.compiler.is_compiling()
+from grafting.kernels import pieces
 
 
 def decayed_product(total: Tensor, scores: Tensor, x: Tensor) -> Tensor:
@@ -34,9 +29,8 @@ def decayed_product(total: Tensor, scores: Tensor, x: Tensor) -> Tensor:
 def _pieces(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """(chunks, heads): all heads of some chunks while they are small, else some heads of one."""
     count, tokens, heads, _ = x.shape
-    matrix, size = 4 * tokens * tokens, PIECE_BYTES
-    if type(x) is not Tensor:  # a stand-in without values: few pieces tell as much as many
-        size = max(size, count * heads * matrix // 8)
+    matrix = 4 * tokens * tokens  # in fp32
+    size = pieces.size_of(x, count * heads * matrix)
     chunks = max(1, size // (heads * matrix))
     some = heads if chunks > 1 else max(1, size // matrix)
     for start in range(0, count, chunks):

@@ -16,12 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE_BYTES = 1 << 19  # of one [b, N, C] piece: a fraction of a core's second-level cache
-
-
-def available(u: Tensor) -> bool:
-    """Whether this path is for such a tensor."""
-    return u.device.type == "cpu" and u.is_floating_point() and not torch.compiler.is_compiling()
+from grafting.kernels import pieces
 
 
 def filtered(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -42,12 +37,8 @@ def gated_filter(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _pieces(u: Tensor) -> Iterator[tuple[slice, int, int]]:
     """(samples, first token, last token + 1): whole samples while they are small, else runs of tokens of one."""
     batch, num_tokens, channels = u.shape
-    row, size = channels * max(4, u.element_size()), PIECE_BYTES
-    if type(u) not in (
-        Tensor,
-        torch.nn.Parameter,
-    ):  # a stand-in without values: few pieces tell as much as many
-        size = max(size, batch * num_tokens * row // 8)
+    row = channels * max(4, u.element_size())
+    size = pieces.size_of(u, batch * num_tokens * row)
     samples = max(1, size // max(1, num_tokens * row))
     tokens = num_tokens if samples > 1 else max(1, size // row)
     for start in range(0, batch, samples):
@@ -72,8 +63,9 @@ def _filter(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def _taps(weight: Tensor, bias: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[C, 1, K] and [C] as they are computed with: [K, C] and [C]."""
+def _taps(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """[C, 1, K] and [C] as they are computed with, in fp32 at least: [K, C] and [C]."""
+    compute = torch.promote_types(x.dtype, torch.float32)
     return weight[:, 0].T.to(compute).contiguous(), bias.to(compute)
 
 
@@ -105,12 +97,11 @@ class _Sums:
 class _Filter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        compute = torch.promote_types(x.dtype, torch.float32)
-        taps, shift = _taps(weight, bias, compute)
+        taps, shift = _taps(x, weight, bias)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         for samples, first, stop in _pieces(x):
             result[samples, first:stop] = _filter(
-                _with_past(x, samples, first, stop, len(taps) - 1, compute), taps, shift
+                _with_past(x, samples, first, stop, len(taps) - 1, taps.dtype), taps, shift
             )
         ctx.save_for_backward(x, weight, bias)
         return result
@@ -119,17 +110,16 @@ class _Filter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias = ctx.saved_tensors
-        compute = torch.promote_types(x.dtype, torch.float32)
-        taps, shift = _taps(weight, bias, compute)
+        taps, shift = _taps(x, weight, bias)
         past, sums = len(taps) - 1, _Sums(taps, shift)
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         for samples, first, stop in _pieces(x):
             count = stop - first
-            grown = gradient[samples, first : min(stop + past, x.shape[1])].to(compute)
+            grown = gradient[samples, first : min(stop + past, x.shape[1])].to(taps.dtype)
             if missing := count + past - grown.shape[1]:
                 grown = F.pad(grown, (0, 0, 0, missing))
             grad_x[samples, first:stop] = _correlate(grown, taps, count)
-            sums.add(grown[:, :count], _with_past(x, samples, first, stop, past, compute))
+            sums.add(grown[:, :count], _with_past(x, samples, first, stop, past, taps.dtype))
         return grad_x, *sums.like(weight, bias)
 
 
@@ -175,11 +165,10 @@ class _ChannelFilter(torch.autograd.Function):
 class _GatedFilter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        compute = torch.promote_types(u.dtype, torch.float32)
-        taps, shift = _taps(weight, bias, compute)
+        taps, shift = _taps(u, weight, bias)
         result = u.new_empty(*u.shape[:2], u.shape[2] // 3)
         for samples, first, stop in _pieces(u):
-            padded = _with_past(u, samples, first, stop, len(taps) - 1, compute)
+            padded = _with_past(u, samples, first, stop, len(taps) - 1, taps.dtype)
             q, k, v = _filter(padded, taps, shift).chunk(3, dim=-1)
             result[samples, first:stop] = q * k * v
         ctx.save_for_backward(u, weight, bias)
@@ -189,15 +178,14 @@ class _GatedFilter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u, weight, bias = ctx.saved_tensors
-        compute = torch.promote_types(u.dtype, torch.float32)
-        taps, shift = _taps(weight, bias, compute)
+        taps, shift = _taps(u, weight, bias)
         num_tokens, width, past = u.shape[1], u.shape[2] // 3, weight.shape[-1] - 1
         grad_u, sums = torch.empty_like(u), _Sums(taps, shift)
         for samples, first, stop in _pieces(u):
             ahead = min(stop + past, num_tokens)  # a token's gradient comes from itself and the next K - 1
-            padded = _with_past(u, samples, first, ahead, past, compute)
+            padded = _with_past(u, samples, first, ahead, past, taps.dtype)
             q, k, v = _filter(padded, taps, shift).chunk(3, dim=-1)
-            g = gradient[samples, first:ahead].to(compute)
+            g = gradient[samples, first:ahead].to(taps.dtype)
             count, here = stop - first, ahead - first
             grown = padded.new_empty(
                 len(padded), count + past, 3 * width

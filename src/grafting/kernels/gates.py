@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from grafting.kernels import filter_pieces
+from grafting.kernels import filter_pieces, pieces
 
 MAX_TAPS = 8  # of the Triton kernel, whose backward pass is unrolled K times K times
 TRITON = importlib.util.find_spec("triton") is not None
@@ -29,7 +29,7 @@ def available(u: Tensor, weight: Tensor | None, inner: Tensor | None) -> bool:
         from grafting.kernels import trusted
 
         return trusted.gates_are(u.device, u.dtype, taps, weight is not None, inner is not None)
-    return weight is not None and inner is None and filter_pieces.available(u)
+    return weight is not None and inner is None and pieces.available(u)
 
 
 def gates(

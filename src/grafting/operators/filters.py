@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grafting.kernels import filter_pieces
+from grafting.kernels import filter_pieces, pieces
 
 # Up to this many taps, shifted multiply-adds in the layout [B, N, D] beat `conv1d` and its two
 # transposes (2 to 3 times at 4 taps on a CPU); beyond it the passes over memory add up.
@@ -78,7 +78,7 @@ class DepthwiseFilter(nn.Module):
 
     def _by_pieces(self, x: Tensor) -> bool:
         here = self.weight.device == x.device  # not so under sequential CPU offload
-        return here and self.weight.shape[-1] <= MAX_SHIFTED_TAPS and filter_pieces.available(x)
+        return here and self.weight.shape[-1] <= MAX_SHIFTED_TAPS and pieces.available(x)
 
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}, kernel_size={self.weight.shape[-1]}"

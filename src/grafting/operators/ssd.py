@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grafting.kernels import decayed
+from grafting.kernels import decayed, pieces
 
 # How many chunks (or groups of chunks, and so on) one step of the recursion over chunks combines.
 FAN_IN = 16
@@ -73,9 +73,9 @@ def ssd(x: Tensor, dt: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, chunk_si
     b, c = in_chunks(b), in_chunks(c)  # [B, c, l, S]
 
     scores = c @ b.transpose(-1, -2)  # [B, c, l, s]
-    if decayed.available(x):
-        pieces = decayed.decayed_product(total.flatten(0, 1), scores.flatten(0, 1), x_in.flatten(0, 1))
-        y = pieces.view_as(x_in).transpose(2, 3)  # [B, c, H, l, P]
+    if pieces.available(x):
+        within = decayed.decayed_product(total.flatten(0, 1), scores.flatten(0, 1), x_in.flatten(0, 1))
+        y = within.view_as(x_in).transpose(2, 3)  # [B, c, H, l, P]
     else:
         decays = torch.exp(_span_sums(steps.transpose(2, 3)))  # [B, c, H, l, s]
         y = (scores[:, :, None] * decays.to(scores.dtype)) @ x_in.transpose(2, 3)

@@ -140,7 +140,7 @@ DEPTH_TO_WIDTH = Study(
         Claim("Pairs side by side (residual) end nearer to the teacher than dropping every second block.",
               (_of("residual"), _of("prune")), paper=False),
         Claim("Stage 2 brings pairs side by side (concat) nearer to the teacher than stage 1 alone.",
-              (_of("concat"), _of("concat-stage-1"))),
+              (_of("concat"), _of("concat-stage-1")), paper=False),
     ),
     summarize=summarize,
 )  # fmt: skip

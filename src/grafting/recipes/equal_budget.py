@@ -123,8 +123,8 @@ def _operator(
 ) -> dict[str, Any] | None:
     grid = {lr: rows[f"{_grid(name)}-paper-lr{lr}"] for lr in GRID}
     tried = {lr: row for lr, row in grid.items() if row["distance"] is not None}
-    over = len(tried) == len(grid) or all(row["distance"] or row.get("diverged") for row in grid.values())
-    best = min(tried, key=lambda lr: tried[lr]["distance"]) if over and tried else None
+    decided = all(row["distance"] is not None or row.get("diverged") for row in grid.values())
+    best = min(tried, key=lambda lr: tried[lr]["distance"]) if decided and tried else None
     first = [grid[best]] if best and name == _grid(name) else []
     papers = [*first, *(rows[f"{name}-paper-s{seed}"] for seed in SEEDS[len(first) :])] if best else []
     ways = {
