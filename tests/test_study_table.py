@@ -11,8 +11,10 @@ from study_tools import half, tiny_study
 from grafting import explain, load_model
 from grafting.errors import RunError
 from grafting.recipes import EXPERIMENTS, Recipe, experiments, load_recipe
+from grafting.recipes.equal_budget import ORDER
 from grafting.recipes.rows import Row, UnavailableError, row_recipe
 from grafting.recipes.table import BASELINE, TABLE_4, plan_of
+from grafting.studies import row_run
 from grafting.studies.findings import HOLDS, OPEN, test_claims
 
 test_claims.__test__ = False  # type: ignore[attr-defined]
@@ -210,3 +212,13 @@ def test_the_equal_budget_with_rows_that_diverged() -> None:
     assert row["ours"] is None  # a mean over what did not diverge would flatter
     assert "diverged" in row["seeds"]
     assert "0 of 1" in found["findings"][0]
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_row_that_is_in_two_studies_is_one_experiment(name: str) -> None:
+    """So `--reuse` takes it over, though the one leaves `init` to the default and the other states it."""
+    found = []
+    for study, row in (("table4", f"{name}-50"), ("equal-budget", f"{name}-ours-s0")):
+        of = EXPERIMENTS[study]
+        found.append(row_run._identity(of.row(row), row_recipe(of, of.row(row), {})))
+    assert found[0] == found[1]

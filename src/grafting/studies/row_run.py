@@ -22,6 +22,7 @@ from grafting.families import family_of
 from grafting.formats import weights
 from grafting.generation import generate
 from grafting.pipeline import OTHER_NOISE, Pipeline
+from grafting.plan import GraftPlan
 from grafting.recipes import parse_overrides, recipe_mapping
 from grafting.recipes.rows import Row, Study, UnavailableError, row_recipe
 from grafting.recipes.settings import Recipe, upgraded
@@ -281,7 +282,16 @@ def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:
             k: found[k] for k in ("model", "num_heads", "dtype", "seed", "sample", "evaluate", "version")
         }
         return {"teacher": True, **found}
-    return {"teacher": row.teacher == "finetuned", **found}
+    return {"teacher": row.teacher == "finetuned", **_one_form(found)}
+
+
+def _one_form(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the plan in its plan-file form, which is one for equal plans; `init` is in the plan."""
+    found = dict(identity)
+    if found.get("plan"):
+        found["plan"] = GraftPlan.from_dict(found["plan"]).to_dict()["entries"]
+        found.pop("init", None)
+    return found
 
 
 def _identity_file(path: Path, name: str) -> Path:
@@ -312,7 +322,7 @@ def _check_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
 def _read_identity(file: Path) -> dict[str, Any]:
     known = weights.read_json(file, "row")
     version = known.get("version")
-    return upgraded(known, version if isinstance(version, int) else 1) | {"version": VERSION}
+    return _one_form(upgraded(known, version if isinstance(version, int) else 1)) | {"version": VERSION}
 
 
 def _take_over(setting: Setting, path: Path, name: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
