@@ -18,6 +18,8 @@ from grafting import GraftPlan, Replace, diffusion, distill, finetune, graft, op
 from grafting.data import ImageLabelDataset
 from grafting.errors import RunError
 from grafting.families import Tap, family_of
+from grafting.training import distillation
+from grafting.training.compute import Compute
 from grafting.training.config import DistillConfig
 from grafting.training.initialization import fit_readout
 from grafting.training.loop import Quiet, split, step_index
@@ -226,6 +228,12 @@ def test_cached_mode_learns_and_leaves_no_file(
     assert list(tmp_path.glob("grafting-*")) == []
     with pytest.raises(RunError, match=r"GB on disk .*one-pass"):
         distill(graft(teacher, RANDOM), teacher, data, {**config, "cache_limit_gb": 1e-6})
+    enough_for_one = 1.5 * result.cache_bytes / 1e9
+    distill(graft(teacher, RANDOM), teacher, data, {**config, "steps": 1, "cache_limit_gb": enough_for_one})
+    two = Compute(torch.device("cpu"), "fp32", rank=0, world=2)
+    monkeypatch.setattr(distillation, "make_compute", lambda device, precision: two)
+    with pytest.raises(RunError, match="in each of 2 processes"):
+        distill(graft(teacher, RANDOM), teacher, data, {**config, "cache_limit_gb": enough_for_one})
     assert list(tmp_path.glob("grafting-*")) == []
 
 

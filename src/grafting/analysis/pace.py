@@ -178,7 +178,9 @@ def distill_seconds(
     else:
         passes = visits / config.reuse / processes
     update = params * watch.update(sites[0], config, False)
-    held_out = config.num_validation * (config.steps / config.validate_every + 3)
+    batches = -(-config.num_validation // config.batch_size)  # processes share them out
+    mine = min(config.num_validation, -(-batches // processes) * config.batch_size)
+    held_out = mine * (config.steps / config.validate_every + 3)
     fit = config.fit_samples if config.fit_readout else 0
     trained = learn * visits / processes + config.steps * update
     return taps * passes + trained + (taps + apply) * (held_out + fit)
@@ -200,7 +202,7 @@ def finetune_seconds(
     passes = (pace.both + again) * more + (watch.model(teacher).forward if matched else 0.0)
     params = adapters + sum(p.numel() for p in trained_parameters(family, student, what).values())
     update = params * watch.update(family.sites(student)[0], config, True)
-    held_out = config.num_validation * (config.steps / config.validate_every + 1)
+    held_out = config.num_validation / processes * (config.steps / config.validate_every + 1)
     return config.steps * (passes * config.batch_size / processes + update) + held_out * pace.forward
 
 

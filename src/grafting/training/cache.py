@@ -80,18 +80,23 @@ class ActivationCache:
 
     @classmethod
     def collect(cls, stage: Taught, paths: list[str]) -> ActivationCache:
-        """One teacher pass over `cache_samples` noised samples. Raises RunError if it would not fit the limit."""
+        """One teacher pass over `cache_samples` noised samples. Raises RunError if it would not fit the limit.
+
+        Each of several processes keeps one; the limit is for all of them together.
+        """
         config = stage.config
         size = min(config.cache_samples, config.steps * config.batch_size)
         sites = {pupil.path: pupil.site for pupil in stage.pupils}
         per_sample = sum((2 * sites[path].num_tokens + 1) * sites[path].width * 2 for path in paths)
         scratch = stage.journal.scratch() or Path(tempfile.gettempdir())
-        needed, free = per_sample * size, shutil.disk_usage(scratch).free
+        copies = stage.compute.world
+        needed, free = per_sample * size * copies, shutil.disk_usage(scratch).free
         limit = min(config.cache_limit_gb * 1e9, 0.9 * free)
         if needed > limit:
             raise RunError(
-                f"mode cached needs {needed / 1e9:.1f} GB on disk for {size} samples at {len(paths)} sites, the limit "
-                f"is {limit / 1e9:.1f} GB; lower cache_samples, raise cache_limit_gb, or use mode one-pass"
+                f"mode cached needs {needed / 1e9:.1f} GB on disk for {size} samples at {len(paths)} sites"
+                f"{f' in each of {copies} processes' if copies > 1 else ''}, the limit is {limit / 1e9:.1f} GB; lower "
+                "cache_samples, raise cache_limit_gb, or use mode one-pass"
             )
         try:
             folder = Path(tempfile.mkdtemp(dir=scratch, prefix="grafting-cache-"))
