@@ -6,13 +6,14 @@ import copy
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import prediction, tiny_dit
 from stage_tools import RANDOM, STAGE_1, batches, states_equal
-from torch import nn
+from torch import Tensor, nn
 
 from grafting import GraftPlan, Replace, diffusion, distill, finetune, graft, operators
 from grafting.data import ImageLabelDataset
@@ -253,3 +254,33 @@ def test_both_stages_run_on_bf16_weights(teacher: nn.Module, data: ImageLabelDat
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     x = torch.randn(2, 1, 8, 8)
     assert diffusion.sample(student, x, torch.tensor([0, 1]), steps=2, guidance=1.5).dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["one-pass", "cached"])
+def test_no_pass_has_more_samples_than_a_micro_batch(
+    teacher: nn.Module, data: ImageLabelDataset, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out errors, calibration and previews too: a recipe that trains in parts must not run out of memory there."""
+    sizes: list[int] = []
+    family = type(family_of(teacher))
+    for name in ("taps", "predict", "predict_guided"):
+
+        def noted(self: Any, model: nn.Module, x: Tensor, *rest: Any, of: Any = getattr(family, name)) -> Any:
+            sizes.append(len(x))
+            return of(self, model, x, *rest)
+
+        monkeypatch.setattr(family, name, noted)
+    student = graft(teacher, GraftPlan([Replace("mha", [0, 2], "hyena_x", loss="auto")]))
+    common = {"steps": 3, "batch_size": 8, "num_validation": 10, "precision": "fp32", "warmup": 0}
+    whole = distill(student, teacher, data, {**common, "mode": mode, "cache_samples": 16})
+    finetune(copy.deepcopy(student), data, {**common, "preview_every": 2})
+    assert max(sizes) == 8
+    sizes.clear()
+    student = graft(teacher, GraftPlan([Replace("mha", [0, 2], "hyena_x", loss="auto")]))
+    parts = distill(student, teacher, data, {**common, "mode": mode, "cache_samples": 16, "micro_batch": 3})
+    finetune(copy.deepcopy(student), data, {**common, "preview_every": 2, "micro_batch": 3})
+    assert max(sizes) == 3
+    for path, error in whole.final_error.items():
+        assert parts.final_error[path] == pytest.approx(error, rel=1e-3)
+        for start, errors in whole.start_error.items():
+            assert parts.start_error[start][path] == pytest.approx(errors[path], rel=1e-4)

@@ -10,6 +10,7 @@ from grafting.plan import GraftPlan
 from grafting.recipes import Recipe
 from grafting.surgery import graft
 from grafting.training.config import DistillConfig, FinetuneConfig
+from grafting.training.loop import samples_per_pass
 
 
 def stage_memory(
@@ -17,16 +18,16 @@ def stage_memory(
 ) -> dict[str, int]:
     """Bytes that a stage (distill, finetune, sample) of a recipe holds at its peak, by what they hold.
 
-    teacher: on the meta device, in the type of the run; plan: with layer numbers, without groups and pruned blocks.
+    teacher: on the meta device, in the type of the run; plan: with layer numbers.
     """
     student = student_of(recipe, stage, teacher, plan)
     if stage == "distill":
         distill = recipe.distill or DistillConfig()
-        size = estimate.samples_per_pass(distill, processes)
+        size = samples_per_pass(distill, processes)
         return estimate.distill_memory(teacher, student, distill, size, precision)
     if stage == "finetune":
         tune = recipe.finetune or FinetuneConfig()
-        size = estimate.samples_per_pass(tune, processes)
+        size = samples_per_pass(tune, processes)
         return estimate.finetune_memory(teacher, student, tune, size, precision)
     draw = recipe.sample
     size = 1 if draw.batch_size == "auto" else min(draw.num, draw.batch_size)  # auto: the least that it needs

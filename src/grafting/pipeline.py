@@ -252,8 +252,6 @@ class Pipeline:
         from grafting.needs import stage_memory
 
         plan = explain(self.teacher, self.recipe.graft_plan, self.recipe.locality).plan
-        if plan.groups or plan.pruned:
-            return None
         own = self.recipe.distill if stage == "distill" else self.recipe.finetune
         precision = make_compute(self.compute.device, own.precision if own else "auto").precision
         try:

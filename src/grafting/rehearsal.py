@@ -31,7 +31,7 @@ from grafting.plan import GraftPlan
 from grafting.recipes import Recipe
 from grafting.surgery import explain, graft
 from grafting.training.compute import make_compute
-from grafting.training.loop import Batches
+from grafting.training.loop import Batches, samples_per_pass
 
 # What the weights of these hub ids are, for estimates without them.
 ARCHITECTURES = {
@@ -66,17 +66,14 @@ def rehearse(
     notes: list[str] = []
     stages: dict[str, Any] = {}
     disk: dict[str, int] = {}
-    if unknown := _not_counted(explanation.plan):
-        notes.append(f"memory, time and disk are not estimated for {unknown} yet")
-    else:
-        try:
-            stages = _stages(
-                recipe, bare, explanation.plan, device, processes, {} if watches is None else watches
-            )
-            disk = _disk(recipe, bare, explanation.plan, processes)
-        except Exception as error:  # an operator whose kernels can't be run without values
-            first = next(iter(str(error).splitlines()), "")[:160]
-            notes.append(f"memory, time and disk are not estimated: {type(error).__name__}: {first}")
+    try:
+        stages = _stages(
+            recipe, bare, explanation.plan, device, processes, {} if watches is None else watches
+        )
+        disk = _disk(recipe, bare, explanation.plan, processes)
+    except Exception as error:  # an operator whose kernels can't be run without values
+        first = next(iter(str(error).splitlines()), "")[:160]
+        notes.append(f"memory, time and disk are not estimated: {type(error).__name__}: {first}")
     if device.type == "cpu" and torch.cuda.is_available():
         notes.append("this is for the CPU; a GPU is here: --device cuda")
     return {
@@ -91,11 +88,6 @@ def rehearse(
         "disk_bytes": disk,
         "notes": notes,
     }
-
-
-def _not_counted(plan: GraftPlan) -> str | None:
-    """What of a recipe the estimate does not know."""
-    return "groups of blocks and pruned blocks" if plan.groups or plan.pruned else None
 
 
 def _teacher(pipeline: Pipeline, missing: list[str]) -> nn.Module:
@@ -172,11 +164,11 @@ def _stages(
         found[stage] = {"memory": memory, "seconds": seconds(watch), "precision": precision}
 
     if (first := recipe.distill) is not None and len(recipe.graft_plan):
-        size = estimate.samples_per_pass(first, processes)
+        size = samples_per_pass(first, processes)
         note("distill", first.precision, size,
              lambda watch: pace.distill_seconds(watch, teacher, student, first, processes))  # fmt: skip
     if (second := recipe.finetune) is not None:
-        size = estimate.samples_per_pass(second, processes)
+        size = samples_per_pass(second, processes)
         adapted = student_of(recipe, "finetune", teacher, plan)
         adapters = sum(p.numel() for name, p in adapted.named_parameters() if is_lora(name))
         note("finetune", second.precision, size,

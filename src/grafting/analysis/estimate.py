@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grafting import operators
 from grafting.analysis.memory import LiveBytes, weight_bytes
+from grafting.depth import open_groups
 from grafting.families import Site, family_of
 from grafting.lora import is_lora, lora_of
-from grafting.surgery import edited_sites
+from grafting.models.stacked import StackedLinear
+from grafting.surgery import edited_groups, edited_sites
 from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
 from grafting.training.finetuning import trained_parameters
+from grafting.training.initialization import run_on
+from grafting.training.pupils import pupils_of
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -33,12 +36,6 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def samples_per_pass(config: Optimization, processes: int = 1) -> int:
-    """How many samples a process computes at once in a stage of these settings."""
-    share = -(-config.batch_size // processes)
-    return min(config.micro_batch or share, share)
-
-
 def distill_memory(
     teacher: nn.Module, student: nn.Module, config: DistillConfig, batch_size: int, precision: str, *,
     at_once: bool = False,
@@ -48,9 +45,11 @@ def distill_memory(
     Tensors that the student shares with the teacher count once; with `reuse`, so do the taps that are held. at_once: as
     if the graphs of all operators were alive together and went backward as one, which stage 1 does not do.
     """
-    sites = {path: found for path, found in edited_sites(student).items() if found[1].train}
-    paths = list(sites)
-    new = [p for site, _ in sites.values() for p in site.donor.parameters()]
+    student = as_it_learns(student)
+    places = {
+        pupil.path: pupil.site.path for pupil in pupils_of(family_of(student), student, teacher, config)
+    }
+    paths, new = list(places), new_parameters(student)
     held = config.num_validation * _sample_bytes(teacher)
 
     def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
@@ -64,7 +63,11 @@ def distill_memory(
         for path in paths:
             tap = taps.pop(path)
             with _autocast(precision):
-                loss = (student.get_submodule(path)(tap.input).float() - tap.output.float()).abs().mean()
+                loss = (
+                    (run_on(student.get_submodule(places[path]), tap).float() - tap.output.float())
+                    .abs()
+                    .mean()
+                )
             if at_once:
                 losses.append(loss)
             else:
@@ -139,7 +142,8 @@ def sample_memory(
 def checkpoint_bytes(student: nn.Module, config: Optimization) -> int:
     """Bytes on disk of one checkpoint of a stage of these settings."""
     if isinstance(config, DistillConfig):
-        new = [p for site, e in edited_sites(student).values() if e.train for p in site.donor.parameters()]
+        student = as_it_learns(student)
+        new = new_parameters(student)
         return _bytes(new) * (2 if config.keep_best else 1) + _optimizer_bytes(student, new, config)
     trained = _trained(student, config)
     average = sum(p.numel() * max(4, p.element_size()) for p in trained)
@@ -151,9 +155,7 @@ def cache_bytes(student: nn.Module, config: DistillConfig, processes: int = 1) -
     if config.mode != "cached":
         return 0
     samples = min(config.cache_samples, config.steps * config.batch_size)
-    per_sample = sum(
-        2 * (2 * s.num_tokens + 1) * s.width for s, e in edited_sites(student).values() if e.train
-    )
+    per_sample = sum(2 * (2 * site.num_tokens + 1) * site.width for site in learning_sites(student))
     return processes * samples * per_sample
 
 
@@ -203,6 +205,27 @@ def _autocast(precision: str) -> Iterator[None]:
 # ---- accounting
 
 
+def as_it_learns(student: nn.Module) -> nn.Module:
+    """The student as stage 1 has it: branches of a group are apart where an operator among them learns on its own."""
+    if not edited_groups(student):
+        return student
+    student = copy.deepcopy(student)
+    open_groups(family_of(student), student, {site.layer for site, _ in edited_sites(student).values()})
+    return student
+
+
+def learning_sites(student: nn.Module) -> list[Site]:
+    """What learns in stage 1, of a student as it learns: new operators, and groups of blocks."""
+    operators = [site for site, entry in edited_sites(student).values() if entry.train]
+    return operators + [site for site, entry in edited_groups(student).values() if entry.train]
+
+
+def new_parameters(student: nn.Module) -> list[nn.Parameter]:
+    """The parameters that stage 1 trains, of a student as it learns."""
+    found = [p for site in learning_sites(student) for p in site.donor.parameters() if p.requires_grad]
+    return list({id(p): p for p in found}.values())
+
+
 def _trained(student: nn.Module, config: Optimization) -> list[nn.Parameter]:
     """What stage 2 trains."""
     what = config.train if isinstance(config, FinetuneConfig) else "all"
@@ -221,23 +244,11 @@ def _sample_bytes(model: nn.Module) -> int:
 
 def _optimizer_bytes(model: nn.Module, parameters: list[nn.Parameter], config: Optimization) -> int:
     """AdamW keeps two moments of every parameter, Muon one of every matrix of a linear layer."""
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, StackedLinear))}
     return sum(
         p.numel() * p.element_size() * (1 if config.optimizer == "muon" and id(p) in linear else 2)
         for p in parameters
     )
-
-
-def fit_bytes(sites: list[tuple[Site, Any]], config: DistillConfig) -> int:
-    """Bytes of the normal equations of the readout fits, all operators at once, in float64."""
-    if not config.fit_readout:
-        return 0
-    total = 0
-    for site, entry in sites:
-        if entry.init == "donor" and isinstance(site.donor, operators.Operator):
-            size = site.donor.readout.in_features + 1
-            total += 8 * (size**2 + size * site.donor.readout.out_features)
-    return total
 
 
 def _bytes(parameters: list[nn.Parameter]) -> int:

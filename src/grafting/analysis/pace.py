@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grafting import operators
+from grafting.analysis.estimate import as_it_learns, learning_sites, new_parameters
 from grafting.analysis.latency import synchronize
 from grafting.families import Site, family_of
 from grafting.surgery import edited_sites
@@ -85,6 +86,13 @@ class Stopwatch:
         rest = family.flops_per_image(model) - sum(s.cost.total for s in family.sites(model))
         share = rest / counted if counted and up_to is None else 0.0
         return Pace(here.forward * (1 + share), here.both * (1 + share))
+
+    def group(self, model: nn.Module, group: Site) -> Pace:
+        """The pace of blocks side by side: that of their operators one after another. The rest goes by FLOPs."""
+        inside = [site for site in family_of(model).sites(model) if site.layer in group.layers]
+        paces = [self.of(site) for site in inside]
+        more = group.cost.total / sum(site.cost.total for site in inside)
+        return Pace(more * sum(p.forward for p in paces), more * sum(p.both for p in paces))
 
     def update(self, site: Site, config: Optimization, average: bool) -> float:
         """Seconds per parameter of one optimizer step, clipping and, with `average`, the moving average."""
@@ -166,18 +174,20 @@ def distill_seconds(
     watch: Stopwatch, teacher: nn.Module, student: nn.Module, config: DistillConfig, processes: int = 1
 ) -> float:
     """Seconds of stage 1: steps, validations, and the errors and fit before the first."""
-    sites = [site for site, entry in edited_sites(student).values() if entry.train]
+    student = as_it_learns(student)
+    sites = learning_sites(student)
     if not sites:
         return 0.0
-    taps = watch.model(teacher, up_to=max(site.layer for site in sites)).forward
-    learn, apply = sum(watch.of(s).both for s in sites), sum(watch.of(s).forward for s in sites)
-    params = sum(p.numel() for s in sites for p in s.donor.parameters())
+    taps = watch.model(teacher, up_to=max(max(site.layers, default=site.layer) for site in sites)).forward
+    paces = [watch.group(student, s) if s.layers else watch.of(s) for s in sites]
+    learn, apply = sum(p.both for p in paces), sum(p.forward for p in paces)
+    params = sum(p.numel() for p in new_parameters(student))
     visits = config.steps * config.batch_size
     if config.mode == "cached":  # every process fills a cache of its own
         passes: float = min(config.cache_samples, visits)
     else:
         passes = visits / config.reuse / processes
-    update = params * watch.update(sites[0], config, False)
+    update = params * watch.update(family_of(teacher).sites(teacher)[0], config, False)
     batches = -(-config.num_validation // config.batch_size)  # processes share them out
     mine = min(config.num_validation, -(-batches // processes) * config.batch_size)
     held_out = mine * (config.steps / config.validate_every + 3)

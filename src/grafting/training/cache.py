@@ -18,7 +18,7 @@ from grafting.errors import RunError
 from grafting.families import Tap
 from grafting.training.compute import Compute
 from grafting.training.config import DistillConfig
-from grafting.training.loop import Batch, Batches, Journal
+from grafting.training.loop import Batch, Batches, Journal, samples_per_pass
 from grafting.training.pupils import Pupil
 
 
@@ -123,7 +123,7 @@ class ActivationCache:
             arrays[path] = (triple[0], triple[1], triple[2])
         started = time.perf_counter()
         cache = cls(folder, arrays, size, stage)
-        for rows in torch.arange(size).split(config.batch_size):
+        for rows in torch.arange(size).split(samples_per_pass(config, stage.compute.world)):
             taps = stage.taps(stage.batches.at(rows), paths)
             for path, tap in taps.items():
                 gate = tap.gate if tap.gate is not None else torch.ones_like(tap.output[:, :1])

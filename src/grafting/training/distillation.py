@@ -29,7 +29,7 @@ from grafting.training.acceleration import compiled, frozen_copy
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import DistillConfig, settings
-from grafting.training.initialization import relative_error, run_on
+from grafting.training.initialization import RelativeError, run_on
 from grafting.training.loop import (
     Batch,
     Batches,
@@ -42,6 +42,7 @@ from grafting.training.loop import (
     held_out,
     learning_rate,
     load_checkpoint,
+    samples_per_pass,
     split,
     step_index,
 )
@@ -134,8 +135,11 @@ class _Stage:
             train, family, teacher, seed=self.seed, purpose=STAGE,
             label_dropout=config.label_dropout, device=compute.device,
         )  # fmt: skip
+        self.at_once = samples_per_pass(config, compute.world)
         self.validation = (
-            held_out(self.batches, validation, config.batch_size) if validation is not None else []
+            held_out(self.batches, validation, config.batch_size, self.at_once)
+            if validation is not None
+            else []
         )
 
     def run(self) -> DistillResult:
@@ -274,25 +278,35 @@ class _Stage:
     def errors(self, operators_by_path: Mapping[str, nn.Module] | None = None) -> dict[str, float]:
         """Held-out relative error of every operator (the training batch's, if nothing is held out)."""
         modules = operators_by_path or {pupil.path: pupil.operator for pupil in self.pupils}
-        batches = self.validation or [self.batches.at(step_index(0, self.config.batch_size))]
+        batches = self.validation or [self._first()]
         totals = dict.fromkeys(modules, 0.0)
-        for batch in self.compute.mine(batches):
-            taps = self.taps(batch, list(modules))
-            for path, module in modules.items():
-                with self.compute.autocast():
-                    output = run_on(module, taps[path])
-                totals[path] += relative_error(output, taps[path].output).item() / len(batches)
+        for parts in self.compute.mine(batches):
+            sums = {path: RelativeError() for path in modules}
+            for part in parts:
+                taps = self.taps(part, list(modules))
+                for path, module in modules.items():
+                    tap = taps.pop(path)
+                    with self.compute.autocast():
+                        output = run_on(module, tap)
+                    sums[path].add(output, tap.output)
+            for path, error in sums.items():
+                totals[path] += error.value() / len(batches)
         total = self.compute.sum(torch.tensor(list(totals.values()), device=self.compute.device))
         return dict(zip(totals, total.tolist(), strict=True))  # the same on all processes: they rest together
 
+    def _first(self) -> list[Batch]:
+        """The first training batch, in parts."""
+        index = step_index(0, self.config.batch_size)
+        return [self.batches.at(part) for part in index.split(self.at_once)]
+
     def _calibration(self, paths: list[str]) -> Iterator[dict[str, Tap]]:
-        """The teacher's taps on the calibration samples, a batch at a time."""
+        """The teacher's taps on the calibration samples, some at a time."""
         batches = Batches(
             self.batches.data, self.family, self.teacher, seed=self.seed, purpose=f"{STAGE}/calibration",
             label_dropout=self.config.label_dropout, device=self.compute.device,
         )  # fmt: skip
         size = min(self.config.fit_samples, len(self.batches.data))
-        for chunk in torch.arange(size).split(self.config.batch_size):
+        for chunk in torch.arange(size).split(self.at_once):
             yield self.taps(batches.at(chunk), paths)
 
     def _start(self) -> dict[str, dict[str, float]]:

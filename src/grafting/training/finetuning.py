@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from grafting.training.loop import (
     held_out_shares,
     learning_rate,
     load_checkpoint,
+    samples_per_pass,
     split,
     step_index,
 )
@@ -184,9 +186,7 @@ class _Stage:
             label_dropout=config.label_dropout, device=compute.device, spread=config.timesteps == "spread",
         )  # fmt: skip
         self.held_out = (
-            held_out_shares(self.batches, validation, config.batch_size, compute)
-            if validation is not None
-            else []
+            held_out_shares(self.batches, validation, config, compute) if validation is not None else []
         )
         self.layers = family.feature_layers(student)
         horizon = max(1.0, config.ema_horizon * config.steps)
@@ -370,13 +370,17 @@ class _Stage:
         index = torch.arange(self.config.preview_samples, device=self.compute.device)
         noise = draws.normal(self.seed, "preview", index, self.family.sample_shape(self.student))
         classes = self.family.num_classes(self.student)
-        labels = index % classes if classes else self.batches.conditions(index.cpu())
 
-        def draw(model: nn.Module) -> Tensor:
-            return sample(model, noise, labels, steps=10, sampler="dpm++", guidance=1.5)
+        def some(rows: Tensor) -> Any:
+            return rows % classes if classes else self.batches.conditions(rows.cpu())
+
+        def draw(model: nn.Module, rows: Tensor) -> Tensor:
+            return sample(model, noise[rows], some(rows), steps=10, sampler="dpm++", guidance=1.5)
 
         with self._averaged(course.ema):
-            samples = self.held.call(draw)
+            # guidance doubles a batch
+            parts = index.split(max(1, samples_per_pass(self.config, self.compute.world) // 2))
+            samples = torch.cat([self.held.call(partial(draw, rows=rows)) for rows in parts])
         self.journal.preview(STAGE, course.step, samples)
 
     def _checkpoint(self, course: _Course) -> None:

@@ -83,6 +83,18 @@ def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: 
     return fit.solve(ridge)
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error over mean absolute target: scale-free, so that layers can be compared."""
-    return (output.float() - target.float()).abs().mean() / target.float().abs().mean().clamp(min=1e-12)
+class RelativeError:
+    """Mean absolute error over mean absolute target, part by part: scale-free, so that layers can be compared."""
+
+    def __init__(self) -> None:
+        self.error, self.size = torch.zeros(()), torch.zeros(())
+
+    def add(self, output: Tensor, target: Tensor) -> None:
+        """Take in a part of the samples."""
+        output, target = output.float(), target.float()
+        self.error = self.error.to(target.device) + len(target) * (output - target).abs().mean()
+        self.size = self.size.to(target.device) + len(target) * target.abs().mean()
+
+    def value(self) -> float:
+        """The error of all parts together."""
+        return (self.error / self.size.clamp(min=1e-12)).item()

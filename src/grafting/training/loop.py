@@ -159,26 +159,31 @@ def _fixed(batches: Batches, data: DataSource) -> Batches:
     )  # fmt: skip
 
 
-def held_out(batches: Batches, data: DataSource, batch_size: int) -> list[Batch]:
-    """Fixed batches over a held-out set: its t, noise and labels never change."""
+def samples_per_pass(config: Optimization, processes: int = 1) -> int:
+    """How many samples a process computes at once in a stage of these settings."""
+    share = -(-config.batch_size // processes)
+    return min(config.micro_batch or share, share)
+
+
+def held_out(batches: Batches, data: DataSource, batch_size: int, at_once: int) -> list[list[Batch]]:
+    """Fixed batches over a held-out set, in parts of `at_once`: its t, noise and labels never change."""
     fixed = _fixed(batches, data)
-    found = []
-    for start in range(0, len(data), batch_size):
-        rows = torch.arange(start, min(start + batch_size, len(data)))
-        found.append(fixed.noised(rows, *data.batch(rows)))
-    return found
+    return [
+        [fixed.noised(part, *data.batch(part)) for part in rows.split(at_once)]
+        for rows in torch.arange(len(data)).split(batch_size)
+    ]
 
 
 def held_out_shares(
-    batches: Batches, data: DataSource, batch_size: int, compute: Compute
+    batches: Batches, data: DataSource, config: Optimization, compute: Compute
 ) -> list[tuple[Batch, bool]]:
-    """This process's part of every held-out batch, and whether it counts (one that is empty repeats a sample)."""
+    """This process's parts of every held-out batch, and whether they count (one that is empty repeats a sample)."""
     fixed = _fixed(batches, data)
-    found = []
-    for rows in torch.arange(len(data)).split(batch_size):
-        [(mine, weight)] = compute.parts(rows)
-        found.append((fixed.noised(mine, *data.batch(mine)), weight > 0))
-    return found
+    return [
+        (fixed.noised(mine, *data.batch(mine)), weight > 0)
+        for rows in torch.arange(len(data)).split(config.batch_size)
+        for mine, weight in compute.parts(rows, config.micro_batch)
+    ]
 
 
 def load_checkpoint(journal: Journal, stage: str, compute: Compute) -> dict[str, Any] | None:
