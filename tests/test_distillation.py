@@ -19,7 +19,8 @@ from grafting import GraftPlan, Replace, diffusion, distill, finetune, graft, op
 from grafting.data import ImageLabelDataset
 from grafting.errors import RunError
 from grafting.families import Tap, family_of
-from grafting.training import distillation
+from grafting.surgery import edited_sites
+from grafting.training import distillation, starts
 from grafting.training.compute import Compute
 from grafting.training.config import DistillConfig
 from grafting.training.initialization import fit_readout
@@ -284,3 +285,17 @@ def test_no_pass_has_more_samples_than_a_micro_batch(
         assert parts.final_error[path] == pytest.approx(error, rel=1e-3)
         for start, errors in whole.start_error.items():
             assert parts.start_error[start][path] == pytest.approx(errors[path], rel=1e-4)
+
+
+def test_readouts_fitted_in_turns_are_those_fitted_at_once(
+    teacher: nn.Module, data: ImageLabelDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = GraftPlan([Replace("mha", "all", "hyena_x"), Replace("mlp", [0, 1], "mlp", {"ratio": 2})])
+    found = []
+    for limit, turns in ((starts.FIT_BYTES, 1), (1, 6), (8 * (33 * 65 + 65 * 97), 3)):
+        monkeypatch.setattr(starts, "FIT_BYTES", limit)
+        student = graft(teacher, plan)
+        modules = {path: student.get_submodule(path) for path in edited_sites(student)}
+        assert len(starts.in_turns(modules)) == turns
+        found.append(distill(student, teacher, data, {**STAGE_1, "steps": 1}).start_error["fitted"])
+    assert found[0] == found[1] == found[2]

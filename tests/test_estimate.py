@@ -15,6 +15,7 @@ from grafting.analysis import estimate, pace
 from grafting.analysis.memory import peak_bytes, weight_bytes
 from grafting.families import family_of
 from grafting.training.config import DistillConfig, FinetuneConfig
+from grafting.training.initialization import ReadoutFit
 from grafting.training.loop import samples_per_pass
 from grafting.training.pupils import pupils_of
 from grafting.yaml_io import load_yaml
@@ -216,6 +217,29 @@ def test_seconds_of_stage_1(changes: dict[str, object], processes: int, teacher_
     held_out = 16 if processes == 1 else 8  # two batches, shared out whole
     beside = (5 + 2 + 2) * (held_out * (4 + 3) + 32)  # and calibration samples: teacher and both operators
     assert found == pytest.approx(5 * teacher_passes + learned + updates + beside, rel=1e-12)
+
+
+def test_memory_of_the_readout_fits_is_what_they_hold() -> None:
+    """Of wide layers it is more than training takes; so many are fitted at a time that it stays bounded."""
+    teacher = tiny_dit()
+    plan = GraftPlan([Replace("mlp", "all", "mlp", {"ratio": 16})])
+    student, config = graft(teacher, plan), DistillConfig(steps=1, num_validation=0)
+    family, paths = family_of(student), edited_paths(student)
+    x, t = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+
+    def work() -> None:
+        fits = {path: ReadoutFit(student.get_submodule(path), x.device) for path in paths}  # type: ignore[arg-type]
+        taps = family.taps(teacher, x, t, t, paths)
+        for path, fit in fits.items():
+            fit.add(taps[path])
+            fit.solve(1e-4)
+
+    bare = estimate.meta_copy(teacher)
+    found = estimate.distill_memory(bare, graft(bare, plan), config, 2, "fp32")
+    real = peak_bytes(work, torch.device("cpu"))
+    before = weight_bytes(teacher) + weight_bytes(student) + found["best so far and held-out batches"]
+    assert found["more for the readout fits, before the first step"] > 0
+    assert found["total"] == pytest.approx(before + real, rel=0.1)
 
 
 def test_seconds_of_blocks_side_by_side() -> None:

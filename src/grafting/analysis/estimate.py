@@ -10,21 +10,22 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from grafting.analysis.memory import LiveBytes, weight_bytes
 from grafting.depth import open_groups
-from grafting.families import Site, family_of
+from grafting.families import Site, Tap, family_of
 from grafting.lora import is_lora, lora_of
 from grafting.models.stacked import StackedLinear
 from grafting.surgery import edited_groups, edited_sites
 from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
 from grafting.training.finetuning import trained_parameters
-from grafting.training.initialization import run_on
+from grafting.training.initialization import ReadoutFit, run_on
 from grafting.training.pupils import pupils_of
+from grafting.training.starts import in_turns
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -76,12 +77,18 @@ def distill_memory(
             torch.stack(losses).sum().backward()
         del held
 
-    return _with_total({
+    parts = {
         "weights": weight_bytes(teacher, student),
         "optimizer": _optimizer_bytes(student, new, config),
         "best so far and held-out batches": (_bytes(new) if config.keep_best else 0) + held,
         "activations and gradients": _peak(step, teacher, student, set(map(id, new)), batch_size),
-    })  # fmt: skip
+    }  # fmt: skip
+    before = (
+        parts["weights"] + _bytes(new) + held + _fit_peak(teacher, student, config, batch_size, precision)
+    )
+    if (more := before - sum(parts.values())) > 0:
+        parts["more for the readout fits, before the first step"] = more
+    return _with_total(parts)
 
 
 def finetune_memory(
@@ -181,6 +188,34 @@ def _peak(
         with LiveBytes() as tracked:
             step(models[0], models[1], x, t, cond)
         return tracked.peak
+
+
+def _fit_peak(
+    teacher: nn.Module, student: nn.Module, config: DistillConfig, batch_size: int, precision: str
+) -> int:
+    """The most bytes that the readout fits of one turn hold: their normal equations, and a batch's taps."""
+    pupils = pupils_of(family_of(student), student, teacher, config)
+    turns = in_turns({pupil.path: pupil.operator for pupil in pupils if pupil.entry.init == "donor"})
+    if not config.fit_readout or not turns:
+        return 0
+    largest = max(turns, key=lambda turn: sum(map(ReadoutFit.num_bytes, turn.values())))
+    places = {pupil.path: pupil.site.path for pupil in pupils if pupil.path in largest}
+
+    def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
+        fits = {
+            path: ReadoutFit(cast(Any, student.get_submodule(place)), x.device)
+            for path, place in places.items()
+        }
+        with torch.no_grad(), _autocast(precision):
+            taps = family_of(teacher).taps(teacher, x, t, cond, list(places))
+        for path, fit in fits.items():
+            tap = taps[path]
+            fit.add(Tap(tap.input.float(), tap.output.float(), None, tap.cond))
+        for fit in fits.values():
+            damped = torch.empty_like(fit.normal)
+            torch.empty_like(damped)  # its factors
+
+    return _peak(step, teacher, student, set(), batch_size)
 
 
 def _without_values(model: nn.Module, learns: set[str]) -> None:

@@ -35,6 +35,12 @@ class ReadoutFit:
         self.normal = torch.zeros(size, size, dtype=self.wide, device=device)
         self.target = torch.zeros(size, readout.out_features, dtype=self.wide, device=device)
 
+    @staticmethod
+    def num_bytes(operator: Operator | BlockGroup) -> int:
+        """What the normal equations of an operator take, in float64."""
+        size = operator.readout.in_features + 1
+        return 8 * size * (size + operator.readout.out_features)
+
     @torch.no_grad()
     def add(self, tap: Tap) -> None:
         """Take in the tokens of one tap."""

@@ -20,6 +20,7 @@ from grafting.training.initialization import ReadoutFit
 from grafting.training.loss_choice import settle_losses
 from grafting.training.pupils import Pupil
 
+FIT_BYTES = 2 << 30  # of the readout fits that are under way together
 Errors = Callable[[Mapping[str, nn.Module]], dict[str, float]]  # modules by path -> held-out errors
 Calibration = Callable[
     [list[str]], Iterator[dict[str, Tap]]
@@ -84,6 +85,21 @@ def _random(
     return found
 
 
+def in_turns(modules: Mapping[str, nn.Module]) -> list[dict[str, Operator | BlockGroup]]:
+    """Those with a readout, as many at a time as have normal equations of `FIT_BYTES` together; one at least."""
+    found: list[dict[str, Operator | BlockGroup]] = []
+    held = 0
+    for path, module in modules.items():
+        if not isinstance(module, (Operator, BlockGroup)):
+            continue
+        held += (size := ReadoutFit.num_bytes(module))
+        if not found or held > FIT_BYTES:
+            found.append({})
+            held = size
+        found[-1][path] = module
+    return found
+
+
 def _fit_where_better(
     modules: Mapping[str, nn.Module],
     errors: Errors,
@@ -96,15 +112,13 @@ def _fit_where_better(
         return {}
     copied = errors(modules)
     before = {path: copy.deepcopy(module.state_dict()) for path, module in modules.items()}
-    fits = {
-        path: ReadoutFit(module, device)
-        for path, module in modules.items() if isinstance(module, (Operator, BlockGroup))
-    }  # fmt: skip
-    for taps in calibration(list(fits)):
-        for path, tap in taps.items():
-            fits[path].add(Tap(tap.input.float(), tap.output.float(), None, tap.cond))
-    for fit in fits.values():
-        fit.solve(ridge)
+    for some in in_turns(modules):
+        fits = {path: ReadoutFit(module, device) for path, module in some.items()}
+        for taps in calibration(list(fits)):
+            for path, tap in taps.items():
+                fits[path].add(Tap(tap.input.float(), tap.output.float(), None, tap.cond))
+        for fit in fits.values():
+            fit.solve(ridge)
     fitted = errors(modules)
     for path, module in modules.items():
         if fitted[path] > copied[path]:
