@@ -164,7 +164,13 @@ def test_a_study_from_start_to_end(world: Path, tmp_path: Path, monkeypatch: pyt
     assert {path: path.stat().st_mtime_ns for path in folder.glob("rows/*/result.json")} == before
 
     other = tmp_path / "other"
+    monkeypatch.setattr(row_run, "_sample", lambda *_: pytest.fail("the teacher's samples are there already"))
     run_rows(study, other, QUIET, changes=given, only=["half", "teacher"], reuse=[folder])
+    setting = row_run.Setting.of(
+        study, other, model=None, seed=0, device="cpu", changes=given, reuse=[folder]
+    )
+    pipeline = Pipeline(setting.recipe(study.row("half")), RunFolder(other / "rows/half", QUIET))
+    assert np.array_equal(np.load(row_run.teacher_samples(setting, pipeline))["arr_0"], teacher)
     result = json.loads((other / "rows/half/result.json").read_text())
     assert result["taken_from"] == "study/half"
     assert json.loads((other / "rows/teacher/result.json").read_text())["taken_from"] == "study/teacher"

@@ -214,9 +214,13 @@ def teacher_samples(setting: Setting, pipeline: Pipeline, other: int = 0) -> Pat
     seed, given = pipeline.recipe.seed + other, pipeline.recipe.to_dict()
     how = json.dumps([given[key] for key in ("model", "num_heads", "dtype", "sample")])
     name = f"seed-{seed}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
-    file = setting.folder / "shared" / "teacher" / name / "samples.npz"
+    place = Path("shared", "teacher", name, "samples.npz")
+    file = setting.folder / place
     with _alone_in(file.parent):
-        if not file.is_file():
+        drawn = next((folder / place for folder in setting.reuse if (folder / place).is_file()), None)
+        if drawn is not None:
+            _link(drawn, file)
+        elif not file.is_file():
             recipe = pipeline.recipe.model_copy(update={"seed": seed})
             _sample(pipeline.teacher, recipe, file, pipeline.run.console)
     return file

@@ -118,7 +118,8 @@ def _do(setting: Setting, row: Row, console: Console) -> bool:
     weights.write_json(setting.result_file(row.name), result)
     unavailable.unlink(missing_ok=True)
     metrics = ", ".join(f"{name} {value:.3g}" for name, value in result["metrics"].items())
-    console.say(f"== {row.name} done: {metrics or 'diverged'}")
+    how = f"taken over from {taken}" if (taken := result.get("taken_from")) else "done"
+    console.say(f"== {row.name} {how}: {metrics or 'diverged'}")
     return True
 
 
