@@ -6,6 +6,7 @@ import copy
 import math
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from grafting.data import ImageLabelDataset
 from grafting.errors import RunError
 from grafting.families import Tap, family_of
 from grafting.surgery import edited_sites
-from grafting.training import distillation, starts
+from grafting.training import starts
+from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute
-from grafting.training.config import DistillConfig
+from grafting.training.config import DistillConfig, settings
 from grafting.training.initialization import fit_readout
 from grafting.training.loop import Quiet, split, step_index
+from grafting.training.pupils import pupils_of
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +235,14 @@ def test_cached_mode_learns_and_leaves_no_file(
         distill(graft(teacher, RANDOM), teacher, data, {**config, "cache_limit_gb": 1e-6})
     enough_for_one = 1.5 * result.cache_bytes / 1e9
     distill(graft(teacher, RANDOM), teacher, data, {**config, "steps": 1, "cache_limit_gb": enough_for_one})
-    two = Compute(torch.device("cpu"), "fp32", rank=0, world=2)
-    monkeypatch.setattr(distillation, "make_compute", lambda device, precision: two)
+    several = settings(DistillConfig, {**config, "cache_limit_gb": enough_for_one}, "distill")
+    pupils = pupils_of(family_of(student), student, teacher, several)
+    two = Compute(
+        torch.device("cpu"), "fp32", rank=0, world=2
+    )  # not met: it would stay for the tests after this
+    stage: Any = SimpleNamespace(config=several, compute=two, journal=Quiet(), pupils=pupils)
     with pytest.raises(RunError, match="in each of 2 processes"):
-        distill(graft(teacher, RANDOM), teacher, data, {**config, "cache_limit_gb": enough_for_one})
+        ActivationCache.collect(stage, [pupil.path for pupil in pupils])
     assert list(tmp_path.glob("grafting-*")) == []
 
 
