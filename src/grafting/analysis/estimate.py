@@ -64,11 +64,8 @@ def distill_memory(
         for path in paths:
             tap = taps.pop(path)
             with _autocast(precision):
-                loss = (
-                    (run_on(student.get_submodule(places[path]), tap).float() - tap.output.float())
-                    .abs()
-                    .mean()
-                )
+                output = run_on(student.get_submodule(places[path]), tap)
+                loss = (output.float() - tap.output.float()).abs().mean()
             if at_once:
                 losses.append(loss)
             else:
@@ -251,8 +248,8 @@ def as_it_learns(student: nn.Module) -> nn.Module:
 
 def learning_sites(student: nn.Module) -> list[Site]:
     """What learns in stage 1, of a student as it learns: new operators, and groups of blocks."""
-    operators = [site for site, entry in edited_sites(student).values() if entry.train]
-    return operators + [site for site, entry in edited_groups(student).values() if entry.train]
+    sites = [site for site, entry in edited_sites(student).values() if entry.train]
+    return sites + [site for site, entry in edited_groups(student).values() if entry.train]
 
 
 def new_parameters(student: nn.Module) -> list[nn.Parameter]:

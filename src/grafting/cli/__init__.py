@@ -3,7 +3,7 @@
 A module per group of verbs; importing it registers them, in the order of `graft --help`.
 """
 
-from grafting.cli import runs, status, models, analysis, images, data, text, geneval, studies, bench  # noqa: I001
+from grafting.cli import runs, status, models, analysis, images, data, text, geneval, studies, search, bench  # noqa: I001
 from grafting.cli.app import app
 from grafting.cli.entry import main
 
@@ -17,6 +17,7 @@ __all__ = [
     "main",
     "models",
     "runs",
+    "search",
     "status",
     "studies",
     "text",
