@@ -107,7 +107,9 @@ def test_the_choice_at_real_size_is_that_of_scipys_solver() -> None:
 
     for budget, at_least in ((0.7, 0), (0.5, 40), (1.0, 56)):
         found = best_choice(options, budget=budget, at_least=at_least).damage
-        slack = 2 * 56 * UNIT  # savings are counted in whole units, and the budget is met to within one a site
+        slack = (
+            2 * 56 * UNIT
+        )  # savings are counted in whole units, and the budget is met to within one a site
         assert least(budget + slack, at_least) - 1e-9 <= found <= least(budget, at_least) + 1e-9
 
 
@@ -150,12 +152,16 @@ def test_damage_is_the_weighted_difference_of_the_predictions(tmp_path: Path) ->
     for damage in measured:
         assert damage.of(operators) == pytest.approx(wanted.item(), rel=1e-5)
         assert damage.of({}) == 0  # the operators are back in their places
-    assert all(type(teacher.get_submodule(path)) is type(measured[0].model.get_submodule(path)) for path in paths)
+    assert all(
+        type(teacher.get_submodule(path)) is type(measured[0].model.get_submodule(path)) for path in paths
+    )
 
 
 def searched(folder: Path, candidates: GraftPlan = CANDIDATES, **arguments: object) -> dict[str, object]:
     recipe = load_recipe(tiny_recipe(folder))
-    return search_plan(recipe, candidates, folder / "search", Console(quiet=True), num_samples=16, **arguments)  # type: ignore[arg-type]
+    return search_plan(
+        recipe, candidates, folder / "search", Console(quiet=True), num_samples=16, **arguments
+    )  # type: ignore[arg-type]
 
 
 def test_a_search_leaves_a_plan_a_graft_and_a_recipe_that_goes_on(tmp_path: Path) -> None:
@@ -180,7 +186,13 @@ def test_a_search_leaves_a_plan_a_graft_and_a_recipe_that_goes_on(tmp_path: Path
     recipe = load_recipe(str(out / "recipe.yaml"))
     teacher, data = load_model(recipe.model).eval(), load_dataset(recipe.data)
     damage = Damage(
-        teacher, data, FinetuneConfig(**STAGE), make_compute(torch.device("cpu")), num_samples=16, at_once=4, seed=0
+        teacher,
+        data,
+        FinetuneConfig(**STAGE),
+        make_compute(torch.device("cpu")),
+        num_samples=16,
+        at_once=4,
+        seed=0,
     )
     sites = [s.path for s in family_of(student).sites(student) if (s.kind, s.layer) in plan.sites]
     together = damage.of({path: student.get_submodule(path) for path in sites})

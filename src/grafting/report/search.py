@@ -125,9 +125,17 @@ def _curve(found: Found) -> Html:
                 [1e4 * r["together"] for r in rules], THIRD, faint=True, dots=True,
             ))  # fmt: skip
     x = f"{_COSTS[found['by']]}, % of the model's" if by_cost else "operators replaced"
-    described = "; ".join(f"{significant(a, 3)}: {significant(b, 3)}" for a, b in zip(xs, lines[0].y, strict=True))
+    described = "; ".join(
+        f"{significant(a, 3)}: {significant(b, 3)}" for a, b in zip(xs, lines[0].y, strict=True)
+    )
     plot = line_plot(lines, f"Damage by {x}. {described}", x_label=x, y_label="damage, 1e-4", log_y=True)
-    columns = [Column(x), Column("replaced"), Column("together, 1e-4"), Column("added up, 1e-4"), Column("plan", True)]
+    columns = [
+        Column(x),
+        Column("replaced"),
+        Column("together, 1e-4"),
+        Column("added up, 1e-4"),
+        Column("plan", True),
+    ]
     labels = _labels(found)
     body: list[list[Child]] = [
         [
@@ -138,7 +146,8 @@ def _curve(found: Found) -> Html:
         for p in points
     ]  # fmt: skip
     return section(
-        "curve", "How far one can go",
+        "curve",
+        "How far one can go",
         figure([plot, legend(lines)], "Damage of the best choice, before stage 2, against its aim."),
         data_table("The best choices.", columns, body),
     )
@@ -151,10 +160,18 @@ def _rules(found: Found) -> Html | None:
     columns = [Column("rule", True), Column("candidate", True), Column("replaced"), Column(_COSTS[found["by"]]),
                Column("together, 1e-4")]  # fmt: skip
     body: list[list[Child]] = [
-        [r["rule"], labels[r["candidate"]], r["replaced"], percent(r["cost"]), significant(1e4 * r["together"], 3)]
+        [
+            r["rule"],
+            labels[r["candidate"]],
+            r["replaced"],
+            percent(r["cost"]),
+            significant(1e4 * r["together"], 3),
+        ]
         for r in rules
     ]
-    return section("rules", "What rules would have done", data_table("Selectors, all together.", columns, body))
+    return section(
+        "rules", "What rules would have done", data_table("Selectors, all together.", columns, body)
+    )
 
 
 def _provenance(found: Found) -> Html:

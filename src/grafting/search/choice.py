@@ -77,10 +77,14 @@ def pareto_choices(options: Sequence[Option], *, at_least: int = 0) -> tuple[Cho
     sites: dict[str, list[Option]] = {}
     for option in options:
         if not (math.isfinite(option.damage) and option.damage >= 0 and math.isfinite(option.saving)):
-            raise PlanError(f"{option.path}: damage {option.damage} and saving {option.saving} are no numbers")
+            raise PlanError(
+                f"{option.path}: damage {option.damage} and saving {option.saving} are no numbers"
+            )
         sites.setdefault(option.path, []).append(option)
     if not 0 <= at_least <= len(sites):
-        raise PlanError(f"at least {at_least} operators replaced: there are candidates for {len(sites)} sites")
+        raise PlanError(
+            f"at least {at_least} operators replaced: there are candidates for {len(sites)} sites"
+        )
     count, saved, damage = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
     trail = []  # per site: which partial choice each one continues, and by which option (-1: none)
     for left, here in zip(range(len(sites) - 1, -1, -1), sites.values(), strict=True):
@@ -96,7 +100,9 @@ def pareto_choices(options: Sequence[Option], *, at_least: int = 0) -> tuple[Cho
     return tuple(_traced(end, list(sites.values()), trail) for end in np.argsort(saved, kind="stable"))
 
 
-def _undominated(count: np.ndarray, saved: np.ndarray, damage: np.ndarray, possible: np.ndarray) -> np.ndarray:
+def _undominated(
+    count: np.ndarray, saved: np.ndarray, damage: np.ndarray, possible: np.ndarray
+) -> np.ndarray:
     """Indices of the partial choices that may still become best: of equal count none saves more with less damage."""
     order = np.lexsort((damage, -saved, count))
     order = order[possible[order]]

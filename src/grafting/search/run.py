@@ -6,7 +6,7 @@ operators learn independently, so any mix of them can be put together afterwards
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -85,7 +85,9 @@ def search_plan(
     found = _candidates(teacher, candidates)
     for candidate in found:
         candidate.savings = pipeline.compute.from_main(_savings(teacher, candidate, by))
-    best_choice(_options(found), budget=budget, at_least=at_least)  # refused before any work, if it can't be met
+    best_choice(
+        _options(found), budget=budget, at_least=at_least
+    )  # refused before any work, if it can't be met
     for candidate in found:
         _distill(pipeline, candidate, folder / "candidates" / candidate.name, console)
     damage = Damage(
@@ -138,9 +140,13 @@ def _candidates(model: nn.Module, given: PlanLike) -> list[Candidate]:
             raise PlanError(f"candidate {number} ({entry}): a search replaces operators; leave it out")
         said = explain(model, GraftPlan([entry]))
         name = f"{number:02d}-{entry.target}-{entry.operator}".replace(".", "-")
-        found.append(Candidate(name, said.plan.sites[said.edits[0].site.kind, said.edits[0].site.layer], said.edits))
+        found.append(
+            Candidate(name, said.plan.sites[said.edits[0].site.kind, said.edits[0].site.layer], said.edits)
+        )
     if not found:
-        raise PlanError("a search without candidates: give replace entries, such as mha in all layers with hyena_x")
+        raise PlanError(
+            "a search without candidates: give replace entries, such as mha in all layers with hyena_x"
+        )
     return found
 
 
@@ -149,7 +155,9 @@ def _savings(model: nn.Module, candidate: Candidate, by: Cost) -> dict[str, floa
     if by == "latency":
         timed = measure_plan(model, GraftPlan([candidate.entry]))
         before, after = timed["operators"][0]["layer_ms"]
-        return dict.fromkeys((e.site.path for e in candidate.edits), (before - after) / timed["latency_ms"][0])
+        return dict.fromkeys(
+            (e.site.path for e in candidate.edits), (before - after) / timed["latency_ms"][0]
+        )
     if by == "params":
         total = sum(p.numel() for p in model.parameters())
         return {e.site.path: (e.before.params - e.after.params) / total for e in candidate.edits}
@@ -162,7 +170,9 @@ def _distill(pipeline: Pipeline, candidate: Candidate, path: Path, console: Cons
     recipe = _bare(pipeline.recipe, [candidate.entry.to_dict()])
     compute = pipeline.compute
     learns = recipe.distill is not None and candidate.entry.train
-    own = Pipeline(recipe, RunFolder(path, writer=False), pipeline.device, _teacher=pipeline.teacher, _data=pipeline.data)
+    own = Pipeline(
+        recipe, RunFolder(path, writer=False), pipeline.device, _teacher=pipeline.teacher, _data=pipeline.data
+    )
     own.check()
     if compute.is_main:
         own.run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
@@ -244,12 +254,16 @@ def _rules(candidates: Sequence[Candidate], damage: Damage) -> list[dict[str, An
     for number, candidate in enumerate(candidates):
         paths = {edit.site.layer: edit.site.path for edit in candidate.edits}
         for rule in RULES:
-            layers = replace(candidate.entry, layers=rule).resolved(damage.family.num_layers(damage.model)).layers
+            layers = (
+                replace(candidate.entry, layers=rule).resolved(damage.family.num_layers(damage.model)).layers
+            )
             if not set(layers) <= set(paths):
                 continue
             choice = Choice(tuple(o for o in _options([candidate]) if o.path in {paths[n] for n in layers}))
             choice = Choice(tuple(replace(option, candidate=number) for option in choice.options))
-            found.append({"rule": rule, "candidate": candidate.name, **_described(choice, candidates, damage)})
+            found.append(
+                {"rule": rule, "candidate": candidate.name, **_described(choice, candidates, damage)}
+            )
     return found
 
 
