@@ -1,4 +1,4 @@
-"""The search: its choice against brute force and SciPy's solver, its damages against the models themselves, its files."""
+"""The search: its choice against brute force and SciPy's solver, its damages against the models, its files."""
 
 from __future__ import annotations
 
