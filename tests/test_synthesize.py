@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,32 @@ def test_a_stop_anywhere_and_any_number_of_processes_give_the_same_bytes(
     for name, content in contents(tmp_path / "two").items():
         if name != "quality.html":
             assert content == wanted[name], name
+
+
+def test_autocast_leaves_the_ends_of_the_model_in_float32(
+    pipeline: Path, prompts: Path, tmp_path: Path, graft_command: Callable[..., str]
+) -> None:
+    """--precision bf16, the documented way of speed, against --dtype bfloat16, which rounds the ends, too."""
+    found = {}
+    for name, options in (
+        ("exact", []), ("autocast", ["--precision", "bf16"]), ("cast", ["--dtype", "bfloat16"]),
+    ):  # fmt: skip
+        out = tmp_path / name
+        graft_command(
+            "synthesize", pipeline, "--prompts", prompts, "--num", 6, "--steps", 3, "--out", out, *options
+        )
+        found[name] = load_dataset(out).batch(range(6))[0]
+    error = {name: float((x - found["exact"]).square().mean()) for name, x in found.items()}
+    assert 0 < error["autocast"] < error["cast"] / 2, error
+    assert json.loads((tmp_path / "autocast/captions.json").read_text())["protocol"]["precision"] == "bf16"
+    assert json.loads((tmp_path / "exact/captions.json").read_text())["protocol"]["precision"] == "fp32"
+    again = ["synthesize", pipeline, "--prompts", prompts, "--num", 6, "--steps", 3, "--resume", "--out"]
+    with pytest.raises(AssertionError, match="different: precision"):
+        graft_command(*again, tmp_path / "autocast")
+    with pytest.raises(AssertionError, match="different: precision"):
+        graft_command(*again, tmp_path / "exact", "--precision", "bf16")
+    with pytest.raises(AssertionError, match="precision 'half': expected auto, fp32 or bf16"):
+        graft_command(*again, tmp_path / "exact", "--precision", "half")
 
 
 def test_a_part_is_a_part_and_damage_is_found(pairs: Path, tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ class _Job:
         path = self.out / captions.MANIFEST
         if path.is_file():
             known = captions.read_manifest(self.out)
-            differing = [k for k, v in self.protocol().items() if known["protocol"].get(k) != v]
+            before, now = {"precision": "fp32", **known["protocol"]}, self.protocol()
+            differing = [key for key, value in now.items() if before.get(key) != value]
             if differing:
                 raise RunError(
                     f"{str(self.out)!r} was made with other arguments (different: {', '.join(differing)}); "
@@ -151,8 +152,7 @@ class _Job:
         return {
             "model": self.source, "sampler": "dpm++", **asdict(self.settings),
             "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
-            **({"precision": self.compute.precision} if self.compute.precision != "fp32" else {}),
-            "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+            "precision": self.compute.precision, "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         }  # fmt: skip
 
     def write_manifest(self, **content: Any) -> None:
@@ -305,7 +305,7 @@ def _check_finite(values: Tensor, rows: Any, what: str, dtype: torch.dtype | Non
         row = list(rows)[int(bad.nonzero()[0])]
         raise DataError(
             f"{what} of sample {row} is not finite in {str(dtype or torch.float32).removeprefix('torch.')}; "
-            "use --dtype float32 or bfloat16"
+            "leave out --dtype (--precision bf16 is quick, too)"
         )
 
 

@@ -20,7 +20,7 @@ def new_console(quiet: bool = False) -> Any:
     return Console(quiet=quiet)
 
 
-def spread(processes: int, device: str) -> Compute:
+def spread(processes: int, device: str, precision: str = "fp32") -> Compute:
     """Start this command in several processes and end with their status; or be one of several that meets the others."""
     from grafting.launch import launch, wanted
     from grafting.loading import as_device
@@ -28,7 +28,7 @@ def spread(processes: int, device: str) -> Compute:
 
     if wanted(processes):
         raise SystemExit(launch(sys.argv[1:], processes))
-    return make_compute(as_device(device), "fp32")
+    return make_compute(as_device(device), precision)
 
 
 def parse_dtype(name: str | None) -> Any:

@@ -9,6 +9,9 @@ import typer
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="Type of the weights: float32, bfloat16, float16.")]
+Precision = Annotated[
+    str, typer.Option(help="fp32, bf16 (autocast; first and last layer stay float32), or auto.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Source = Annotated[

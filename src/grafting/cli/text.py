@@ -9,7 +9,7 @@ import typer
 
 from grafting.cli.app import app
 from grafting.cli.common import new_console, parse_dtype, spread
-from grafting.cli.options import Device, Dtype, Processes, Resume, Seed
+from grafting.cli.options import Device, Dtype, Precision, Processes, Resume, Seed
 
 
 @app.command()
@@ -28,14 +28,14 @@ def synthesize(
     shard_size: Annotated[int, typer.Option(min=1, help="Pairs per file: what a stop can lose.")] = 64,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of a caption; default the pipeline's own.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")] = False,
-    processes: Processes = 1,
+    processes: Processes = 1, precision: Precision = "fp32",
     resume: Resume = False, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Sample image-text pairs from a text-to-image model itself: latents and encoded captions, to train on."""
     from grafting.synthesis import Synthesis
     from grafting.synthesis import synthesize as make
 
-    compute = spread(processes, device)
+    compute = spread(processes, device, precision)
     settings = Synthesis(
         num=num, steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size,
         shard_size=shard_size, seed=seed, max_tokens=max_tokens, truncate=truncate,
