@@ -7,12 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from several import together
 
 from grafting.errors import DataError, RunError
-from grafting.evaluation.geneval import TASKS, compare_scores, export_images, read_prompts, score
+from grafting.evaluation.geneval import (
+    TASKS,
+    compare_scores,
+    export_images,
+    prompt_sampler,
+    read_prompts,
+    score,
+)
+from grafting.training.compute import make_compute
 
 PROMPTS = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -73,6 +83,61 @@ def test_another_protocol_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         export_images(Painter(), PROMPTS, tmp_path / "mine")
 
 
+def draw_share(out: Path) -> list[Any]:
+    painter = Painter()
+    seen: list[tuple[int, int]] = []
+    export_images(
+        painter, PROMPTS * 2, out, num=2, progress=lambda *at: seen.append(at),
+        compute=make_compute(torch.device("cpu"), "fp32"),
+    )  # fmt: skip
+    return [painter.calls, seen]
+
+
+def test_processes_share_the_prompts_and_the_first_waits_for_all_images(tmp_path: Path) -> None:
+    alone = Painter()
+    export_images(alone, PROMPTS * 2, tmp_path / "one", num=2)
+    first, second = together(2, draw_share, tmp_path / "two")
+    assert first[0] == alone.calls[0::2]
+    assert second[0] == alone.calls[1::2]
+    assert second[1] == [(1, 2), (2, 2)]
+    assert first[1][-1] == (4, 4)  # the first is done when the others are
+    files = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")}
+    assert len(files) == 13
+    for file in files:
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    first, second = together(2, draw_share, tmp_path / "mine")
+    assert "not an empty folder" in first
+    assert "PeerError" in second
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_the_vae_decodes_one_image_at_a_time_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 that of SDXL overflows: images are black, and would be scored."""
+    from pixart_tools import tiny_pipeline
+
+    pipeline = tiny_pipeline().to(torch.float16)
+    pipeline.vae.post_quant_conv.weight.data *= 1e3
+    pipeline.vae.decoder.conv_in.weight.data *= 1e5  # values beyond 65504, which the last norm takes back
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    with torch.no_grad():
+        assert not bool(torch.isfinite(pipeline.vae.decode(latents).sample).all())
+    seen, decode = [], pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z: (seen.append((len(z), z.dtype)), decode(z))[1])
+    draw = prompt_sampler(pipeline, steps=2)
+    images = draw(["the red cat"] * 3, [1, 2, 3])
+    assert seen == [(1, torch.float32)] * 3
+    assert pipeline.transformer.dtype == torch.float16
+    assert all(np.asarray(image).std() > 1 for image in images)
+    pipeline.vae.decoder.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(DataError, match="prompt 'sun': the image is not finite; leave out --dtype"):
+        draw(["sun"], [1])
+    pipeline.transformer.proj_out.bias.data[0] = float("nan")
+    with pytest.raises(DataError, match="prompt 'sun': its latent is not finite"):
+        draw(["sun"], [1])
+
+
 def results(**correct: list[bool]) -> list[dict[str, Any]]:
     return [
         {"filename": "x", "tag": tag, "prompt": f"{tag} {i // 2}", "correct": right, "metadata": f"{tag} {i // 2}"}
@@ -126,7 +191,6 @@ def test_other_files_are_refused_with_their_line(tmp_path: Path, text: str, mess
 def test_images_of_a_pipeline_and_its_graft_through_the_command(
     tmp_path: Path, graft_command: Callable[..., str]
 ) -> None:
-    import numpy as np
     from pixart_tools import save_tiny_pipeline
 
     import grafting

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, parse_dtype, show
-from grafting.cli.options import Device, Dtype, Json, Seed
+from grafting.cli.common import new_console, parse_dtype, show, spread
+from grafting.cli.options import Device, Dtype, Json, Processes, Seed
 
 group = typer.Typer(
     no_args_is_help=True,
@@ -30,26 +30,31 @@ def export(
     height: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
-    device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
+    processes: Processes = 1, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Write images in the layout that the public evaluator reads; goes on where it was stopped."""
     from grafting.evaluation.geneval import export_images, fetch_prompts, prompt_sampler, read_prompts
     from grafting.pipelines import load_pipeline
 
-    chosen = read_prompts(prompts or fetch_prompts(out.parent / "geneval-prompts.jsonl"))
-    pipeline = load_pipeline(model, device=device, dtype=parse_dtype(dtype))
+    compute, fetched = spread(processes, device), out.parent / "geneval-prompts.jsonl"
+    if prompts is None and compute.is_main:
+        fetch_prompts(fetched)
+    compute.wait()
+    chosen = read_prompts(prompts or fetched)
+    pipeline = load_pipeline(model, device=compute.device, dtype=parse_dtype(dtype))
     pipeline.set_progress_bar_config(disable=True)
     draw = prompt_sampler(pipeline, steps=steps, guidance=guidance, height=height, width=width)
-    console = new_console()
+    console = new_console(quiet=not compute.is_main)
     described: dict[str, Any] = {
         "model": model, "steps": steps, "guidance": guidance, "height": height, "width": width, "dtype": dtype,
     }  # fmt: skip
     export_images(
-        draw, chosen, out, num=num, batch_size=batch_size, seed=seed, describe=described,
+        draw, chosen, out, num=num, batch_size=batch_size, seed=seed, describe=described, compute=compute,
         progress=lambda done, total: console.progress("geneval", done, total, "prompts"),
     )  # fmt: skip
     console.close()
-    print(f"images: {out}")
+    if compute.is_main:
+        print(f"images: {out}")
 
 
 @group.command()

@@ -12,14 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grafting import draws
 from grafting.errors import CheckpointError, DataError, RunError
 from grafting.formats import weights
+
+if TYPE_CHECKING:
+    from grafting.training.compute import Compute
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PROMPTS_URL = (
@@ -28,6 +32,7 @@ PROMPTS_URL = (
 )
 PROMPTS_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # 553 prompts
 MAX_BYTES = 256 << 20
+SHARE_SECONDS = 2.0  # between looks for the images of other processes
 
 Draw = Callable[[list[str], list[int]], Sequence[Any]]
 """(prompts, one torch seed each) -> as many PIL images."""
@@ -82,16 +87,34 @@ def prompt_sampler(
 ) -> Draw:  # fmt: skip
     """A text-to-image pipeline of diffusers as a function of prompts and seeds; each image has its own generator.
 
-    Captions are lowered and stripped and not cleaned of markup, as in `graft synthesize`.
+    Captions are lowered and stripped and not cleaned of markup, as in `graft synthesize`. Latents are decoded one at a
+    time by the pipeline's VAE, which is put into float32: in float16 that of SDXL, which PixArt-Sigma has, overflows.
+    The function raises DataError for an image that is not finite.
     """
     import torch
 
+    from grafting.families.codec import move_vae, scaling_of
+
+    move_vae(pipeline.vae, pipeline.vae.device, torch.float32)
+    scaling, shift = scaling_of(pipeline.vae)
+
+    @torch.no_grad()
     def draw(prompts: list[str], seeds: list[int]) -> Sequence[Any]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipeline(
+        latents = pipeline(
             prompts, num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
-            generator=generators, use_resolution_binning=False, clean_caption=False,
+            generator=generators, use_resolution_binning=False, clean_caption=False, output_type="latent",
         ).images  # fmt: skip
+        images = []
+        for prompt, one in zip(prompts, latents.float().split(1), strict=True):
+            pixels = pipeline.vae.decode(one / scaling + shift).sample
+            if not bool(torch.isfinite(pixels).all()):  # as an image it would be black, and be scored
+                where = "the image is" if bool(torch.isfinite(one).all()) else "its latent is"
+                raise DataError(
+                    f"prompt {prompt[:80]!r}: {where} not finite; leave out --dtype, or give bfloat16"
+                )
+            images += pipeline.image_processor.postprocess(pixels.cpu())
+        return images
 
     return draw
 
@@ -99,11 +122,13 @@ def prompt_sampler(
 def export_images(
     draw: Draw, prompts: Sequence[dict[str, Any]], out: str | Path, *, num: int = 4, batch_size: int = 4,
     seed: int = 0, describe: dict[str, Any] | None = None, progress: Callable[[int, int], None] | None = None,
+    compute: Compute | None = None,
 ) -> Path:  # fmt: skip
     """Draw `num` images of every prompt into GenEval's layout under `out`; images that are there are not drawn again.
 
     The noise of image j of prompt i depends on (seed, i, j) alone. `describe` is kept in OUT/protocol.json; a folder of
-    another protocol is refused. Raises RunError.
+    another protocol is refused. compute: this process among several, each of which draws the prompts of its share; the
+    first ends when all images are there. Raises RunError.
     """
     if num < 1 or batch_size < 1:
         raise RunError(f"num={num}, batch_size={batch_size}: both are at least 1")
@@ -116,21 +141,40 @@ def export_images(
         "prompts_sha256": digest,
         **(describe or {}),
     }
-    _agree(out, json.loads(json.dumps(protocol)))
-    for index, metadata in enumerate(prompts):
-        folder = out / f"{index:05}"
+    is_main, world = compute is None or compute.is_main, compute.world if compute else 1
+    if is_main:
+        _agree(out, json.loads(json.dumps(protocol)))
+    if compute:
+        compute.wait()  # nobody draws into a folder that is refused
+    numbers = range(len(prompts))
+    mine = compute.mine(numbers) if compute else numbers
+    for done, index in enumerate(mine):
+        metadata, folder = prompts[index], out / f"{index:05}"
         if not (folder / "metadata.jsonl").is_file():
             weights.write_bytes(folder / "metadata.jsonl", json.dumps(metadata).encode())
-        missing = [j for j in range(num) if not (folder / "samples" / f"{j:05}.png").is_file()]
+        files = _images(out, index, num)
+        missing = [j for j in range(num) if not files[j].is_file()]
         for start in range(0, len(missing), batch_size):
             chosen = missing[start : start + batch_size]
             seeds = [draws.torch_seed(seed, f"geneval/{index}/{j}") for j in chosen]
             images = draw([metadata["prompt"]] * len(chosen), seeds)
             for j, image in zip(chosen, images, strict=True):
-                _save_png(image, folder / "samples" / f"{j:05}.png")
+                _save_png(image, files[j])
         if progress:
-            progress(index + 1, len(prompts))
+            progress(done + 1, len(mine))
+    while is_main and world > 1:  # no barrier, whose patience would end before the others' work
+        left = sum(not all(file.is_file() for file in _images(out, index, num)) for index in numbers)
+        if progress:
+            progress(len(prompts) - left, len(prompts))
+        if not left:
+            break
+        time.sleep(SHARE_SECONDS)
     return out
+
+
+def _images(out: Path, index: int, num: int) -> list[Path]:
+    """The files of the images of one prompt."""
+    return [out / f"{index:05}" / "samples" / f"{j:05}.png" for j in range(num)]
 
 
 @dataclass(frozen=True)
