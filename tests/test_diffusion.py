@@ -7,17 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, relative, tiny_dit
+from PIL import Image
 from torch import Tensor
 
-from grafting import diffusion, draws, load_model
+from grafting import diffusion, draws, generation, load_model
 from grafting.diffusion.process import tables
 from grafting.diffusion.sampling import _scheduler
 from grafting.errors import DataError, GraftError
 from grafting.evaluation.samples import SampleFile
-from grafting.generation import generate
+from grafting.generation import generate, save_grid
 
 SPEC = json.loads((FIXTURES / "dit.json").read_text())
 
@@ -259,6 +261,30 @@ def test_an_image_does_not_depend_on_the_batch_size(tmp_path: Path, sampler: str
     assert (whole[:5] - fewer).abs().max() <= 1
     assert SampleFile.open(tmp_path / "a.npz").labels.tolist() == [i % 4 for i in range(11)]
     assert (tmp_path / "a.png").is_file()
+
+
+def sheet(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_a_sheet_of_large_images_stays_a_file_that_can_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, right = np.zeros((1, 2048, 1024, 1), np.uint8), np.full((1, 2048, 1024, 1), 200, np.uint8)
+    save_grid(np.concatenate([left, right] * 5)[:9], tmp_path / "large.png", columns=3)  # 19 megapixels
+    large = sheet(tmp_path / "large.png")
+    assert large.shape == (3 * 1885 + 4, 3 * 942 + 4)
+    assert 15_900_000 < 9 * 1885 * 942 <= 16_000_000
+    assert (large[100, 100], large[100, 1000], large[100, 2000]) == (0, 200, 0)
+    save_grid(np.concatenate([left, right]), tmp_path / "small.png", columns=2)
+    assert sheet(tmp_path / "small.png").shape == (2048, 2 * 1024 + 2)  # fits as it is
+
+    monkeypatch.setattr(generation, "SHEET_PIXELS", 12 * 5 * 5)  # 11 samples in rows of 4, three rows
+    model = tiny_dit(seed=7)
+    path = generate(model, tmp_path / "a.npz", num=11, steps=2, batch_size=4)
+    assert images_of(path).shape == (11, 8, 8, 1)
+    assert sheet(tmp_path / "a.png").shape == (3 * 5 + 4, 4 * 5 + 6)
 
 
 def test_another_seed_gives_other_images(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def model_card(folder: str | Path, run: str | Path | None = None) -> str:
 def write_samples(run: Path, folder: Path) -> None:
     """`samples.png` in `folder`: the first samples of a run, the teacher's above the student's, made smaller."""
     from grafting.evaluation.samples import SampleFile
-    from grafting.generation import save_grid
+    from grafting.generation import save_grid, smaller
 
     rows = []
     for who in ("teacher", "student"):
@@ -67,22 +67,7 @@ def write_samples(run: Path, folder: Path) -> None:
             rows.append(next(SampleFile.open(run / "samples" / f"{who}.npz").images(NUM_SAMPLES)))
     if rows:
         folder.mkdir(parents=True, exist_ok=True)
-        save_grid(_smaller(np.concatenate(rows)), folder / SAMPLES, columns=len(rows[0]))
-
-
-def _smaller(images: np.ndarray) -> np.ndarray:
-    """uint8 images [N, H, W, C] with no side longer than SIDE."""
-    from PIL import Image
-
-    scale = SIDE / max(images.shape[1:3])
-    if scale >= 1:
-        return images
-    size = (max(1, round(images.shape[2] * scale)), max(1, round(images.shape[1] * scale)))
-    shrunk = [
-        np.asarray(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).resize(size))
-        for image in images
-    ]
-    return np.stack(shrunk).reshape(len(images), size[1], size[0], -1)
+        save_grid(smaller(np.concatenate(rows), SIDE), folder / SAMPLES, columns=len(rows[0]))
 
 
 def _lora(manifest: Mapping[str, Any]) -> str:

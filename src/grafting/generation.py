@@ -30,6 +30,7 @@ from grafting.training.acceleration import compiled
 from grafting.training.compute import Compute, make_compute
 
 Progress = Callable[[int, int], None]
+SHEET_PIXELS = 16_000_000  # of a sheet of samples; many programs refuse to open more than some 100 million
 
 
 def generate(
@@ -49,7 +50,7 @@ def generate(
     describe: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Draw `num` images of a model and write them to `path` (.npz), with `<path>.png` beside it.
+    """Draw `num` images of a model and write them to `path` (.npz), with a sheet of the first, `<path>.png`, beside it.
 
     The label of image i is i modulo the number of classes; with `captions`, which a model that is not class-conditional
     needs, modulo their number (or the class of that caption, where captions have one), and their texts are written
@@ -115,6 +116,7 @@ def generate(
 
     images = _in_order(batches, _within_memory(draw, size, device, halve=batch_size == "auto"), compute)
     sheet: list[np.ndarray] = []
+    shown, columns = min(num, 10 * kinds, 100), min(10, kinds)
     with contextlib.ExitStack() as stack:
         stack.enter_context(compiled(family.compilable(model), compile, device))
         if not compute.is_main:
@@ -130,15 +132,11 @@ def generate(
             if writer is None:
                 writer = stack.enter_context(SampleWriter(path, num, drawn.shape[1:], labels, protocol))
             writer.append(drawn)
-            if number * size < 100:
-                sheet.append(drawn)
+            if number * size < shown:  # smaller at once: 100 images of 2048x2048 are 1.3 GB
+                sheet.append(smaller(drawn, _tile_side(shown, columns, *drawn.shape[1:3])))
             if progress:
                 progress(min(num, (number + 1) * size), num)
-    save_grid(
-        np.concatenate(sheet)[: min(num, 10 * kinds, 100)],
-        path.with_suffix(".png"),
-        columns=min(10, kinds),
-    )
+    save_grid(np.concatenate(sheet)[:shown], path.with_suffix(".png"), columns=columns)
     if classes is None and captions is not None:
         lines = [json.dumps({"caption": captions.captions[number]}) for number in numbers.tolist()]
         write_bytes(path.with_suffix(".captions.jsonl"), ("\n".join(lines) + "\n").encode())
@@ -194,9 +192,10 @@ def _within_memory(
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int = 10) -> None:
-    """uint8 images [N, H, W, C] side by side as a PNG."""
+    """uint8 images [N, H, W, C] side by side as a PNG, made smaller where it would have more than SHEET_PIXELS."""
     from PIL import Image
 
+    images = smaller(images, _tile_side(len(images), columns, *images.shape[1:3]))
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, channels), 255, dtype=np.uint8)
@@ -204,3 +203,24 @@ def save_grid(images: np.ndarray, path: Path, columns: int = 10) -> None:
         top, left = number // columns * (height + 2), number % columns * (width + 2)
         sheet[top : top + height, left : left + width] = image
     Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
+
+
+def _tile_side(count: int, columns: int, height: int, width: int) -> int:
+    """Pixels of the longer side of an image of a sheet, no more than the image has."""
+    pixels = math.ceil(count / columns) * columns * height * width
+    return max(1, int(max(height, width) * min(1.0, math.sqrt(SHEET_PIXELS / pixels))))
+
+
+def smaller(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 images [N, H, W, C] with no side longer than `side`."""
+    from PIL import Image
+
+    height, width = images.shape[1:3]
+    if max(height, width) <= side:
+        return images
+    size = [max(1, pixels * side // max(height, width)) for pixels in (width, height)]
+    shrunk = [
+        np.asarray(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).resize(size))
+        for image in images
+    ]
+    return np.stack(shrunk).reshape(len(images), size[1], size[0], -1)
