@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from grafting.report.format import MISSING, mapping, percent, ranges, sequence, 
 from grafting.report.heatmap import heat_map
 from grafting.report.html import Child, Column, Html, data_table, document, el, figure, note, section
 from grafting.report.page import environment_table
-from grafting.report.plots import STUDENT, TEACHER, THIRD, Series, legend, line_plot
+from grafting.report.plots import FOURTH, STUDENT, TEACHER, THIRD, Series, legend, line_plot
 from grafting.report.style import CSS
 from grafting.report.words import operator_label
 
@@ -112,21 +112,24 @@ def _sites(found: Found) -> Html:
 def _curve(found: Found) -> Html:
     by_cost = found["budget"] is not None
     points = [mapping(point) for point in sequence(found["curve"])]
-    xs = [100 * p["cost"] if by_cost else p["replaced"] for p in points]
+    rules = [mapping(rule) for rule in sequence(found["rules"])]
+
+    def line(label: str, members: Sequence[Mapping[str, Any]], key: str, **style: Any) -> Series:
+        seen = [p for p in members if p[key] > 0]  # the axis is logarithmic
+        xs = [100 * p["cost"] if by_cost else p["replaced"] for p in seen]
+        return Series(label, xs, [1e4 * p[key] for p in seen], **style)
+
     lines = [
-        Series("all together", xs, [1e4 * p["together"] for p in points], STUDENT, dots=True),
-        Series("added up", xs, [1e4 * p["damage"] for p in points], TEACHER, dashed=True),
-    ]
-    for number, label in enumerate(_labels(found).items()):
-        rules = [mapping(r) for r in sequence(found["rules"]) if r["candidate"] == label[0]]
-        if rules and number < 4:
-            lines.append(Series(
-                f"{label[1]}, by rule", [100 * r["cost"] if by_cost else r["replaced"] for r in rules],
-                [1e4 * r["together"] for r in rules], THIRD, faint=True, dots=True,
-            ))  # fmt: skip
+        line("best choice, all together", points, "together", color=STUDENT, dots=True),
+        line("added up", points, "damage", color=TEACHER, dashed=True),
+        *[
+            line(f"{label}, by rule", [r for r in rules if r["candidate"] == name], "together", color=color, dots=True)
+            for (name, label), color in zip(_labels(found).items(), (THIRD, FOURTH), strict=False)
+        ],
+    ]  # fmt: skip
     x = f"{_COSTS[found['by']]}, % of the model's" if by_cost else "operators replaced"
     described = "; ".join(
-        f"{significant(a, 3)}: {significant(b, 3)}" for a, b in zip(xs, lines[0].y, strict=True)
+        f"{significant(a, 3)}: {significant(b, 3)}" for a, b in zip(lines[0].x, lines[0].y, strict=True)
     )
     plot = line_plot(lines, f"Damage by {x}. {described}", x_label=x, y_label="damage, 1e-4", log_y=True)
     columns = [
@@ -148,7 +151,11 @@ def _curve(found: Found) -> Html:
     return section(
         "curve",
         "How far one can go",
-        figure([plot, legend(lines)], "Damage of the best choice, before stage 2, against its aim."),
+        figure(
+            [plot, legend(lines)],
+            "Damage of the best choice, before stage 2, against its aim; beside it what the "
+            "selectors interleaved-50, interleaved-75 and all do with a candidate.",
+        ),
         data_table("The best choices.", columns, body),
     )
 
