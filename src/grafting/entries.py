@@ -54,9 +54,8 @@ class Replace:
         _name(self.target, "target", _NAME, "a kind of site such as 'mha' or 'mlp'")
         _name(self.operator, "operator", _DOTTED, "the name of an operator such as 'hyena_x'")
         object.__setattr__(self, "layers", normalize(self.layers, where="layers"))
-        object.__setattr__(
-            self, "config", FrozenDict.of(self.config, f"config of {self.operator}", PlanError)
-        )
+        config = {} if self.config is None else self.config
+        object.__setattr__(self, "config", FrozenDict.of(config, f"config of {self.operator}", PlanError))
         _choice(self.init, "init", INITS)
         _choice(self.loss, "loss", LOSSES)
         for flag in ("scale_by_gate", "train"):

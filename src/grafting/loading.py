@@ -34,15 +34,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def load_model(
     source: str | Path, *, num_heads: int | None = None, device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Load a model.
+    """Load a model, in evaluation mode.
 
     source: a packaged name (`dit-fashion`, `pixart-emoji`); a published `.pt` or bare `.safetensors`; a folder that
     this package saved (model, graft or run) or a DiT or PixArt in diffusers' layout (pipeline or transformer); a hub
     id of such; or `arch:DiT-XL/2`, `arch:PixArt-Sigma-2K` for random weights, the same at every call.
     num_heads: needed for a bare file of a width that no published size has.
-    device: also "meta", for `arch:` only. dtype: default float32, or what a graft was saved in.
+    device: also "meta", for `arch:` only. dtype: of floating point, or its name; default float32, or what a graft was
+    saved in.
     Raises CheckpointError or GraftError that names the source and what to do.
     """
     source = str(source)
@@ -50,7 +51,7 @@ def load_model(
         isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1
     ):
         raise CheckpointError(f"num_heads={num_heads!r}: expected a whole number of at least 1")
-    device = as_device(device)
+    device, dtype = as_device(device), as_dtype(dtype)
     if source.startswith("arch:"):
         model = _architecture(source, device)
     elif device.type == "meta":
@@ -63,7 +64,8 @@ def load_model(
         raise CheckpointError(f"{source!r} has {heads} heads, not num_heads={num_heads}; leave num_heads out")
     if record_of(model) is None:
         set_source(model, source if not Path(source).exists() else str(Path(source).resolve()))
-    return weights.cast(model.to(device), dtype) if dtype else model.to(device)
+    model = model.to(device).eval()
+    return weights.cast(model, dtype) if dtype else model
 
 
 def _architecture(source: str, device: torch.device) -> nn.Module:
@@ -172,6 +174,16 @@ def as_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise GraftError(f"can't compute on device {str(found)!r} here: {reason}") from None
+    return found
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A type of weights by itself or its name; None stays None. Raises GraftError for what weights can't have."""
+    known = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in known:
+        names = ", ".join(str(one).removeprefix("torch.") for one in known)
+        raise GraftError(f"unknown dtype {str(dtype)!r}: expected one of {names}")
     return found
 
 

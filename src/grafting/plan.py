@@ -15,8 +15,9 @@ A bare list of entries is read too. Keys at their default are left out when a pl
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,10 +51,15 @@ class GraftPlan:
     def __init__(self, entries: Iterable[EntryLike]) -> None:
         if isinstance(entries, (Replace, Parallelize, Prune)):
             raise PlanError(f"a plan is a list of entries, got one entry; write GraftPlan([{show(entries)}])")
-        if not isinstance(entries, (list, tuple, GraftPlan)):
+        if isinstance(entries, Mapping):
+            raise PlanError(
+                f"a plan is a list of entries, got {show(entries)}; read it with GraftPlan.from_dict"
+            )
+        if isinstance(entries, (str, bytes, os.PathLike)) or not isinstance(entries, Iterable):
             raise PlanError(
                 f"a plan is a list of entries, got {show(entries)}; read files with GraftPlan.load"
             )
+        entries = tuple(itertools.islice(entries, MAX_ENTRIES + 1))
         if not entries:
             raise PlanError("the plan has no entries; give at least one replace, parallelize or prune")
         made = (
@@ -61,6 +67,15 @@ class GraftPlan:
             for number, entry in enumerate(entries, 1)
         )  # fmt: skip
         object.__setattr__(self, "entries", tuple(made))
+
+    @classmethod
+    def of(cls, plan: PlanLike) -> GraftPlan:
+        """A plan in any form: itself, entries, plan-file data, or the path of a plan file. Raises PlanError."""
+        if isinstance(plan, GraftPlan):
+            return plan
+        if isinstance(plan, Mapping):
+            return cls.from_dict(plan)
+        return cls.load(plan) if isinstance(plan, (str, os.PathLike)) else cls(plan)
 
     @classmethod
     def empty(cls) -> GraftPlan:
@@ -203,7 +218,7 @@ class GraftPlan:
         return f"GraftPlan([{', '.join(map(repr, self.entries))}])" if self.entries else "GraftPlan.empty()"
 
 
-PlanLike: TypeAlias = "GraftPlan | Sequence[EntryLike]"
+PlanLike: TypeAlias = "GraftPlan | Iterable[EntryLike] | Mapping[str, Any] | str | os.PathLike[str]"
 
 
 def _entries_of(data: Mapping[str, Any]) -> object:

@@ -162,6 +162,8 @@ def _locality(name: str, num_layers: int, where: str, locality: Locality | None)
 
 def _numbers(selector: object, stop: int, where: str, bound: str) -> tuple[int, ...]:
     """Layer numbers of an explicit selector, all below `stop`; `bound` says why in errors."""
+    if getattr(selector, "ndim", 0) == 1:  # an array or a tensor
+        selector = selector.tolist()  # type: ignore[attr-defined]
     if isinstance(selector, str):
         ranges = _parse_ranges(selector, where)
     elif _is_int(selector):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def match(
 
     Raises PlanError or OperatorError that names the layer and the remedy.
     """
-    plan = plan if isinstance(plan, GraftPlan) else GraftPlan(plan)
+    plan = GraftPlan.of(plan)
     family = family_of(model)
     resolved = plan.resolve(family.num_layers(model), locality)
     sites = {(site.kind, site.layer): site for site in family.sites(model)}
@@ -172,13 +173,16 @@ def graft(
     """An edited copy of `model`; `model` itself is untouched, also after an error.
 
     New operators are drawn from (seed, path of the site) and, with `init: donor`, then take over what the donor's
-    weights can give. No data is needed. share: the weights that stay are the own tensors of `model`, for stages
-    that leave them as they are (stage 1, LoRA); a plan with groups of blocks, which are trained, copies all the same.
+    weights can give. No data is needed. plan: a `GraftPlan`, its entries, its plan-file form, or a plan file.
+    share: the weights that stay are the own tensors of `model`, for stages that leave them as they are (stage 1, LoRA);
+    a plan with groups of blocks, which are trained, copies all the same.
     Raises PlanError or OperatorError.
     """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise PlanError(f"seed={seed!r}: expected a whole number of at least 0")
     resolved, edits = match(model, plan, locality)
     family = family_of(model)
-    earlier = record_of(model)
+    earlier, seed = record_of(model), int(seed)
     record = GraftRecord(
         plan=GraftPlan([*earlier.plan, *resolved]) if earlier else resolved,
         seed=seed,

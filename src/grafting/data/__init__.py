@@ -9,7 +9,7 @@ from grafting.data.image_source import ImageSource
 from grafting.data.images import open_images
 from grafting.data.latents import LatentDataset
 from grafting.data.manifest import Manifest
-from grafting.data.sources import load_dataset
+from grafting.data.sources import as_data, load_dataset
 
 __all__ = [
     "DataSource",
@@ -18,6 +18,7 @@ __all__ = [
     "ImageSource",
     "LatentDataset",
     "Manifest",
+    "as_data",
     "encode_images",
     "load_dataset",
     "open_images",

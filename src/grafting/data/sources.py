@@ -1,13 +1,19 @@
-"""What `load_dataset` can read: packaged names, `.npz`, IDX folders, folders and files of latents."""
+"""What the stages take as data, and what `load_dataset` can read.
+
+Packaged names, `.npz`, IDX folders, folders and files of latents.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from grafting.data.dataset import ImageLabelDataset
+from grafting.data.dataset import DataSource, ImageLabelDataset
 from grafting.data.fashion import NUM_CLASSES, SPLITS, has_idx_files, load_full, packaged_subset, pad_to_32
 from grafting.data.latents import LatentDataset, is_latents
 from grafting.data.npz import NpzReader
@@ -68,6 +74,42 @@ def load_dataset(source: str | Path) -> ImageLabelDataset | LatentDataset | Capt
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
     raise DataError(f"cannot tell what {path} is by its name; expected .npz or .safetensors")
+
+
+def as_data(data: Any) -> DataSource:
+    """Data in any form that the stages take, as a `DataSource`.
+
+    A `DataSource` is taken as it is; a packaged name or a path goes to `load_dataset`. An `ImageLabelDataset` is made
+    of a pair (x [N, C, H, W], y [N]) of tensors or arrays, {"x": ..., "y": ...}, a `TensorDataset` of the two, a
+    map-style dataset of pairs (image, label), or a `DataLoader` of such. Raises DataError.
+    """
+    if isinstance(data, (str, Path)):
+        return load_dataset(data)
+    if all(hasattr(data, name) for name in ("batch", "split", "subset", "content_hash", "shape")):
+        return cast(DataSource, data)
+    if isinstance(data, Mapping) and {"x", "y"} <= set(data):
+        return ImageLabelDataset(data["x"], data["y"])
+    if isinstance(data, torch.utils.data.TensorDataset) and len(data.tensors) == 2:
+        return ImageLabelDataset(*data.tensors)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and getattr(data[0], "ndim", 0) == 4:
+        return ImageLabelDataset(*data)
+    pairs = data.dataset if isinstance(data, torch.utils.data.DataLoader) else data
+    if (
+        hasattr(pairs, "__len__")
+        and hasattr(pairs, "__getitem__")
+        and not isinstance(pairs, (Mapping, Tensor, np.ndarray))
+    ):
+        try:
+            x, y = zip(
+                *((torch.as_tensor(x), int(y)) for x, y in (pairs[i] for i in range(len(pairs)))), strict=True
+            )
+            return ImageLabelDataset(torch.stack(x), torch.tensor(y))
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise DataError(
+        f"data: got {type(data).__name__}; expected a packaged name ({', '.join(PACKAGED)}), a path, what load_dataset "
+        "returns, a pair of tensors (x [N, C, H, W], y [N]), or a dataset of pairs (image [C, H, W], label)"
+    )
 
 
 def _fashion(images: np.ndarray, labels: np.ndarray, name: str) -> ImageLabelDataset:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grafting.diffusion.prediction import predict
 from grafting.diffusion.process import add_noise, at, tables
 from grafting.errors import DataError
 
@@ -76,4 +77,4 @@ def loss_from_output(output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> di
 
 def training_losses(model: nn.Module, x0: Tensor, t: Tensor, cond: Any, noise: Tensor) -> dict[str, Tensor]:
     """Noise x0 [B, C, H, W] to timesteps t [B], predict under conditioning `cond`, and score: each entry [B]."""
-    return loss_from_output(model(add_noise(x0, t, noise), t, cond), x0, t, noise)
+    return loss_from_output(predict(model, add_noise(x0, t, noise), t, cond), x0, t, noise)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grafting.diffusion.prediction import predict
 from grafting.diffusion.process import BETA_END, BETA_START, NUM_TIMESTEPS
 from grafting.errors import GraftError
 
@@ -90,9 +91,6 @@ def sample(
     global generator. The last step takes none.
     on_step: called with the step's number and its timestep before the model is.
     """
-    from grafting.families import family_of
-
-    family = family_of(model)
     scheduler = _scheduler(sampler, steps, noise.device)
     if isinstance(step_noise, Tensor) and step_noise.shape != (steps, *noise.shape):
         raise GraftError(
@@ -107,11 +105,7 @@ def sample(
         if on_step is not None:
             on_step(index, timestep)
         t = torch.full((len(x),), timestep, device=x.device, dtype=torch.int64)
-        if guidance == 1.0:
-            output = family.predict(model, x, t, cond)
-        else:
-            output = family.predict_guided(model, x, t, cond, guidance)
-        output = output.float()
+        output = predict(model, x, t, cond, guidance).float()
         if sampler != "ddpm":
             x = scheduler.step(output[:, :channels], timestep, x).prev_sample
             continue

@@ -288,6 +288,11 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether a registered family owns `model`."""
+    return any(family.owns(unwrap(model)) for family in _FAMILIES.values())
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile's and data parallel's wrappers."""
     while True:

@@ -7,6 +7,7 @@ self-contained and names no base.
 from __future__ import annotations
 
 import copy
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from grafting import operators
 from grafting.errors import CheckpointError, GraftError
-from grafting.families import families, family_of
+from grafting.families import families, family_of, unwrap
 from grafting.formats import limits, weights
 from grafting.lora import Lora, add_lora, lora_of, module_state, plain_name, plain_state
 from grafting.plan import GraftPlan
@@ -37,7 +38,7 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
 
     Raises CheckpointError for a model that was not edited, and where the folder can't be written.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), unwrap(model)
     record = record_of(model)
     if record is None:
         raise CheckpointError(
@@ -82,19 +83,19 @@ def is_graft_folder(folder: Path) -> bool:
 
 
 def load_graft(
-    folder: str | Path, base: nn.Module | str | None = None, *, device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None, share: bool = False,
+    folder: str | Path, base: nn.Module | str | os.PathLike[str] | None = None, *, device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None, share: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """The edited model saved in `folder`.
+    """The edited model saved in `folder`, in evaluation mode.
 
     base: the model that was edited, or where to load it from; default: where it was loaded from at the time. It
     must be that very model: its hash is compared. A self-contained graft needs none.
     share: the weights that the graft left as they were are those of `base` itself, not copies, where none was changed.
     Raises CheckpointError.
     """
-    from grafting.loading import load_model
+    from grafting.loading import as_device, as_dtype, load_model
 
-    folder = Path(folder)
+    folder, device, dtype = Path(folder), as_device(device), as_dtype(dtype)
     manifest = _read_manifest(folder)
     plan = GraftPlan.from_dict(manifest["plan"], allow_empty=True)
     for name, package in manifest["operators"].items():
@@ -123,11 +124,15 @@ def load_graft(
                     f"{folder}: the graft does not say where its base came from; give base="
                 )
             base = reference["source"]
-        if isinstance(base, str):
-            heads = manifest["architecture"].get("num_heads")
-            source, base = base, load_model(base, num_heads=heads, dtype=saved_dtype)
+        if isinstance(base, (str, os.PathLike)):
+            heads, source = manifest["architecture"].get("num_heads"), os.fspath(base)
+            base = load_model(source, num_heads=heads, dtype=saved_dtype)
+        elif isinstance(base, nn.Module):
+            base, source = unwrap(base), reference["source"]
         else:
-            source = reference["source"]
+            raise CheckpointError(
+                f"base: got {type(base).__name__}; expected the model that was edited, or where to load it from"
+            )
         base = _sized(base, manifest["architecture"])
         digests = weights.digests(base)
         if weights.combined_digest(digests) != reference["sha256"]:
@@ -145,7 +150,8 @@ def load_graft(
     set_record(student, GraftRecord(
         plan=plan, seed=manifest["seed"], source=source, architecture=manifest["architecture"], base_digests=digests
     ))  # fmt: skip
-    return weights.cast(student.to(device), dtype) if dtype else student.to(device)
+    student = student.to(device).eval()
+    return weights.cast(student, dtype) if dtype else student
 
 
 def _edited(base: nn.Module, plan: GraftPlan, manifest: dict[str, Any], share: bool = False) -> nn.Module:
@@ -220,7 +226,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
     """Save an unedited model of our own families: `model.json` (architecture) and `model.safetensors`."""
-    folder = Path(folder)
+    folder, model = Path(folder), unwrap(model)
     if record_of(model) is not None:
         raise GraftError("this model was edited: save it with save_graft")
     state = model.state_dict()

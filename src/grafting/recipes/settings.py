@@ -88,6 +88,19 @@ class Recipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
+    def _entries_of_a_plan(cls, data: Any) -> Any:
+        """A plan may also be a plan file's content ({version, entries}), or the path of one."""
+        given = data.get("plan") if isinstance(data, dict) else None
+        if not isinstance(given, (str, Mapping)):
+            return data
+        try:
+            plan = GraftPlan.of(given)
+        except PlanError as error:
+            raise ValueError(f"plan: {error}") from None
+        return {**data, "plan": plan.to_dict()["entries"]}
+
+    @model_validator(mode="before")
+    @classmethod
     def _fill_init(cls, data: Any) -> Any:
         if not isinstance(data, dict) or data.get("init", "donor") != "random":
             return data

@@ -133,7 +133,7 @@ def _bare(recipe: Recipe, plan: Sequence[Mapping[str, Any]]) -> Recipe:
 
 def _candidates(model: nn.Module, given: PlanLike) -> list[Candidate]:
     """The candidates with layer numbers, each checked by itself. Raises PlanError, OperatorError."""
-    entries = given if isinstance(given, GraftPlan) else GraftPlan(given)
+    entries = GraftPlan.of(given)
     found: list[Candidate] = []
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, Replace):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grafting import operators
-from grafting.data import DataSource
+from grafting.data import DataSource, as_data
 from grafting.depth import open_groups
 from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family, Tap
@@ -82,14 +82,14 @@ class DistillResult:
 def distill(
     student: nn.Module,
     teacher: nn.Module,
-    data: DataSource,
+    data: DataSource | Any,
     config: DistillConfig | Mapping[str, Any] | None = None,
     *,
     journal: Journal | None = None,
 ) -> DistillResult:
     """Train the operators that a plan put into `student` to do what `teacher`'s do, in place.
 
-    data: clean samples and labels (`grafting.data.load_dataset`). config: `DistillConfig` or its keys.
+    data: clean samples and labels, in any form that `grafting.data.as_data` takes. config: `DistillConfig` or its keys.
     journal: a run folder that logs, checkpoints and resumes; default: nothing is kept.
     Raises PlanError (the student has no plan), DataError, DivergedError (non-finite loss).
     """
@@ -101,7 +101,7 @@ def distill(
     compute = make_compute(next(student.parameters()).device, config.precision)
     teacher = teacher.to(compute.device).eval()
     student.to(compute.device)
-    stage = _Stage(family, student, teacher, data, config, compute, journal)
+    stage = _Stage(family, student, teacher, as_data(data), config, compute, journal)
     return stage.run()
 
 

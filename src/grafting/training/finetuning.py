@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grafting import draws
-from grafting.data import DataSource
+from grafting.data import DataSource, as_data
 from grafting.diffusion import loss_from_output, sample
 from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family
@@ -68,7 +68,7 @@ class FinetuneResult:
 
 def finetune(
     student: nn.Module,
-    data: DataSource,
+    data: DataSource | Any,
     config: FinetuneConfig | Mapping[str, Any] | None = None,
     teacher: nn.Module | None = None,
     *,
@@ -76,8 +76,9 @@ def finetune(
 ) -> FinetuneResult:
     """Finetune `student` in place; its weights at the end are the moving average.
 
-    data: clean samples and labels. config: `FinetuneConfig` or its keys. teacher: needed by the objectives `output` and
-    `features`. journal: a run folder that logs, checkpoints and resumes; default: nothing is kept.
+    data: clean samples and labels, in any form that `grafting.data.as_data` takes. config: `FinetuneConfig` or its
+    keys. teacher: needed by the objectives `output` and `features`.
+    journal: a run folder that logs, checkpoints and resumes; default: nothing is kept.
     Raises RunError (objective without its teacher), PlanError (nothing to train), DataError, DivergedError.
     """
     config = settings(FinetuneConfig, config, "finetune")
@@ -96,7 +97,7 @@ def finetune(
         _adapt(student, config)
     if teacher is not None:
         teacher = teacher.to(compute.device).eval()
-    return _Stage(family, student, teacher, data, config, compute, journal or Quiet()).run()
+    return _Stage(family, student, teacher, as_data(data), config, compute, journal or Quiet()).run()
 
 
 def _adapt(student: nn.Module, config: FinetuneConfig) -> None:
@@ -177,7 +178,17 @@ class _Stage:
             )
         self.names = list(parameters)
         if not self.names:
-            raise PlanError("stage 2 has nothing to train: every operator of the plan says train: false")
+            frozen = any(True for _ in student.parameters()) and not any(
+                p.requires_grad for p in student.parameters()
+            )
+            raise PlanError(
+                "stage 2 has nothing to train: "
+                + (
+                    "all parameters of the student are frozen; call student.requires_grad_(True)"
+                    if frozen
+                    else "every operator of the plan says train: false"
+                )
+            )
         train, validation = split(data, config.num_validation, self.seed)
         if config.fraction < 1:  # of what is not held out: the same samples are held out at every fraction
             train = train.subset(config.fraction, self.seed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grafting.errors import PlanError
 from grafting.families import Family, Site, Tap
 from grafting.plan import Parallelize, Replace
 from grafting.surgery import edited_groups, edited_sites
@@ -96,4 +97,11 @@ def pupils_of(family: Family, student: nn.Module, teacher: nn.Module, config: Di
         )
         for site, entry in groups.values() if entry.train
     ]  # fmt: skip
+    for pupil in pupils:
+        own = list(pupil.operator.parameters())
+        if own and not any(p.requires_grad for p in own):
+            raise PlanError(
+                f"{pupil.site}: the parameters of the new operator are frozen, and stage 1 trains them; call "
+                "requires_grad_(True) on the student, or say train: false in the plan"
+            )
     return pupils
