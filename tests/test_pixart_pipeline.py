@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,32 @@ def draw(pipeline: Any) -> np.ndarray:
         ["the red cat", "a moon"], latents=latents(2), use_resolution_binning=False, height=16, width=16,
         num_inference_steps=2, output_type="np", clean_caption=False,
     ).images  # fmt: skip
+
+
+def test_what_nothing_could_load_is_not_saved(tmp_path: Path) -> None:
+    """diffusers' save_pretrained refuses an edited model, also a copy of it, and no other."""
+    from diffusers import PixArtTransformer2DModel
+
+    base = save_tiny_pipeline(tmp_path / "base")
+    plain = grafting.load_model(base)
+    student = grafting.graft(plain, PLAN)
+    grafting.save_graft(student, tmp_path / "graft")
+    pipeline = grafting.load_pipeline(base)
+    pipeline.transformer = student
+    edited: list[Any] = [
+        student, copy.deepcopy(student), copy.deepcopy(student).to(torch.bfloat16), pickle.loads(pickle.dumps(student)),
+        grafting.load_model(tmp_path / "graft"), grafting.load_pipeline(tmp_path / "graft"), pipeline,
+    ]  # fmt: skip
+    for thing in edited:
+        with pytest.raises(CheckpointError, match=r"grafting\.save_pipeline.* or grafting\.save_graft"):
+            thing.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused" / "model_index.json").exists()  # so that nothing takes it for a pipeline
+    assert not (tmp_path / "refused" / "transformer").exists()
+    plain.save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+    again = PixArtTransformer2DModel.from_pretrained(tmp_path / "plain").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in plain.state_dict().items())
+    copied = edited[1].state_dict()
+    assert all(torch.equal(copied[name], value) for name, value in student.state_dict().items())
 
 
 def test_a_graft_is_a_pipeline_again_and_stock_loaders_refuse_it(tmp_path: Path) -> None:

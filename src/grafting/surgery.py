@@ -15,7 +15,7 @@ from torch import nn
 
 from grafting import draws, operators
 from grafting.depth import depth_edits, meta_copy, open_groups, rearrange
-from grafting.errors import GraftError, PlanError
+from grafting.errors import CheckpointError, GraftError, PlanError
 from grafting.explanation import Edit, Explanation
 from grafting.families import Family, Site, family_of
 from grafting.formats.weights import combined_digest, digests
@@ -50,8 +50,19 @@ def record_of(model: nn.Module) -> GraftRecord | None:
 
 
 def set_record(model: nn.Module, record: GraftRecord) -> None:
-    """Attach a record to an edited model (for loaders)."""
+    """Attach a record to an edited model (for loaders); diffusers' `save_pretrained` refuses it from now on."""
     object.__setattr__(model, _RECORD, record)
+    if hasattr(model, "save_pretrained"):
+        object.__setattr__(model, "save_pretrained", _refuse_to_save)
+
+
+def _refuse_to_save(*given: Any, **options: Any) -> None:
+    """What an edited model has in the place of diffusers' `save_pretrained`; copies and pickles of it have it, too."""
+    raise CheckpointError(
+        "save_pretrained of an edited model: diffusers' class could not load what it writes, since it would build the "
+        "operators that were replaced; use grafting.save_pipeline(model, folder), which writes the whole pipeline, or "
+        "grafting.save_graft(model, folder)"
+    )
 
 
 def source_of(model: nn.Module) -> str | None:
