@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from conftest import tiny_dit
 from several import together
 
-from grafting import GraftPlan, Replace, distill, finetune, graft
+from grafting import GraftPlan, Replace, distill, finetune, graft, processes
 from grafting.data import ImageLabelDataset
 from grafting.errors import GraftError, PeerError, RunError
 from grafting.generation import generate
@@ -176,6 +178,31 @@ def test_the_others_end_when_one_dies(data: ImageLabelDataset) -> None:
     first, second = together(2, dies, data, timeout=60)
     assert second == "died"
     assert first.startswith("another process of this run has ended or can't be reached")
+
+
+def waits_for_a_slow_one(patience: float, slow: float) -> str:
+    """The first process waits while the second works longer than a message may take, or ends without coming."""
+    processes.TIMEOUT = timedelta(seconds=patience)
+    compute = make_compute(torch.device("cpu"))
+    compute.wait()
+    if compute.rank == 1 and slow < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(slow * compute.rank)
+    try:
+        compute.wait()
+    except PeerError as error:
+        return str(error)
+    return "met"
+
+
+def test_a_wait_outlasts_the_patience_of_messages() -> None:
+    assert together(2, waits_for_a_slow_one, 1.0, 4.0) == ["met", "met"]
+
+
+def test_nobody_waits_for_one_that_is_gone() -> None:
+    first, second = together(2, waits_for_a_slow_one, 60.0, -1.0, timeout=60)
+    assert second == "died"
+    assert first.startswith("another process of this run has ended")
 
 
 # ---- samples

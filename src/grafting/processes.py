@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ class _Group:
 
     control: Any
     notes: dist.Store | None
+    meetings: Iterator[int] = field(default_factory=itertools.count)
 
 
 def join() -> Place:
@@ -139,6 +141,34 @@ def orphaned() -> bool:
     """Whether the launcher of --processes is gone: nobody would pass on a signal any more."""
     launcher = os.environ.get(LAUNCHER)
     return launcher is not None and os.getppid() != int(launcher)
+
+
+def meet() -> None:
+    """Wait for all processes, however long the slowest works; at once where they are another program's.
+
+    A message between processes gives up after `TIMEOUT`, since it can't tell one that works from one that hangs; notes
+    can be read for ever. Raises PeerError as soon as a process has failed or is gone.
+    """
+    joined = _notes()
+    if joined is None:
+        return
+    notes, where = joined
+    number, pause = next(_group().meetings), 0.01
+    try:
+        notes.set(f"met/{number}/{where.rank}", "1")
+        names = [f"met/{number}/{rank}" for rank in range(where.world)]
+        while not notes.check(names):
+            away = [r for r in range(where.world) if not notes.check([f"met/{number}/{r}"])]
+            left = any(notes.check([f"left/{rank}"]) for rank in away)
+            if orphaned() or left or _why(notes, where, patience=0) is not None:
+                raise PeerError("another process of this run has ended; --resume goes on from what is there")
+            time.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
+    except RuntimeError as error:  # whoever kept the notes is gone
+        raise PeerError(
+            f"another process of this run has ended ({str(error).splitlines()[0][:120]}); --resume goes on from what "
+            "is there"
+        ) from None
 
 
 def settle(code: int, message: str, *, lost: bool = False) -> tuple[int, bool]:
@@ -199,9 +229,9 @@ def _notes() -> tuple[Any, Place] | None:
     return (notes, place()) if notes is not None else None
 
 
-def _why(notes: Any, where: Place) -> dict[str, Any] | None:
+def _why(notes: Any, where: Place, patience: float = _PATIENCE) -> dict[str, Any] | None:
     """The first error that a process noted, or a process of this machine that is gone; waits a little for it."""
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + patience
     while True:
         if notes.check(["error"]):
             found: dict[str, Any] = json.loads(notes.get("error"))

@@ -124,8 +124,12 @@ class Compute:
         return int(asked) or None
 
     def wait(self) -> None:
-        """Wait for all processes."""
-        self.agree_to_stop(None)
+        """Wait for all processes, which may take long: the first may be writing, or another still drawing."""
+        if self.world > 1:
+            processes.meet()
+        self.agree_to_stop(
+            None
+        )  # all know by now that all are here: the first, who keeps the notes, may go on and end
 
 
 @contextlib.contextmanager
