@@ -42,9 +42,7 @@ def test_the_published_files_load_as_they_are(reference: dict[str, Tensor]) -> N
     with torch.no_grad():
         assert (base(x, t, y) - reference["forward"]).abs().max() <= 1e-5
         assert (grafted(x, t, y) - reference["grafted/forward"]).abs().max() <= 1e-5
-    assert record_of(grafted).plan == GraftPlan(
-        [Replace("mha", [1, 3], "hyena_x", {"kernel_size": 4}, init="random")]
-    )
+    assert record_of(grafted).plan == GraftPlan([Replace("mha", [1, 3], "hyena_x", init="random")])
     assert source_of(base) == str(BASE.resolve())
 
 
@@ -167,17 +165,16 @@ def test_a_grafted_file_is_no_model_and_points_to_import() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "operator", "config", "read"),
+    ("target", "operator", "config"),
     [
-        ("mha", "hyena_se", {"kernel_size": 3}, None), ("mha", "hyena_x", {}, {"kernel_size": 4}),
-        ("mha", "hyena_y", {"kernel_size": 5}, None), ("mha", "swa", {"window": 2}, None),
-        ("mha", "mamba2", {"d_state": 8, "expand": 2, "head_dim": 8, "kernel_size": 4}, None),
-        ("mlp", "mlp", {"ratio": 3}, None), ("mlp", "mlp", {"ratio": 6}, None), ("mlp", "mlp", {"ratio": 1.5}, None),
-        ("mlp", "mlp_hyena_x", {"ratio": 2, "kernel_size": 4}, None),
+        ("mha", "hyena_se", {"kernel_size": 3}), ("mha", "hyena_x", {}), ("mha", "hyena_y", {"kernel_size": 5}),
+        ("mha", "swa", {"window": 2}), ("mha", "mamba2", {"d_state": 8, "expand": 3, "head_dim": 8}),
+        ("mlp", "mlp", {"ratio": 3}), ("mlp", "mlp", {"ratio": 6}), ("mlp", "mlp", {"ratio": 1.5}),
+        ("mlp", "mlp_hyena_x", {}), ("mlp", "mlp_hyena_x", {"kernel_size": 3}),
     ],
 )  # fmt: skip
 def test_every_operator_is_read_off_a_published_file(
-    tmp_path: Path, model: nn.Module, target: str, operator: str, config: dict[str, Any], read: Any
+    tmp_path: Path, model: nn.Module, target: str, operator: str, config: dict[str, Any]
 ) -> None:
     student = graft(model, GraftPlan([Replace(target, [0, 2], operator, config)]))
     file = tmp_path / "model.pt"
@@ -191,7 +188,7 @@ def test_every_operator_is_read_off_a_published_file(
     assert torch.equal(prediction(found), prediction(student))
     (entry,) = record_of(found).plan
     assert (entry.target, entry.layers, entry.operator) == (target, (0, 2), operator)
-    assert entry.config.to_dict() == (read or config)
+    assert entry.config.to_dict() == config  # what is at its default is not stated
     # and from there into a graft folder that needs no base, and out again
     save_graft(found, tmp_path / "graft")
     again = load_graft(tmp_path / "graft")

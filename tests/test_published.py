@@ -34,17 +34,17 @@ OPERATORS: dict[str, Any] = json.loads((FIXTURES / "operators.json").read_text()
 # Published operator name, by target -> case of fixtures/operators.json, and the operator and keys a plan has for it.
 MHA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mha": ("mha", "mha", {}),
-    "hyena_se": ("hyena_se", "hyena_se", {"kernel_size": 4}),
-    "hyena_x": ("hyena_x", "hyena_x", {"kernel_size": 4}),
-    "hyena_y": ("hyena_y", "hyena_y", {"kernel_size": 4}),
-    "swa": ("swa", "swa", {"window": 4}),
-    "mamba_2": ("mamba2", "mamba2", {"d_state": 64, "expand": 2, "head_dim": 16, "kernel_size": 4}),
+    "hyena_se": ("hyena_se", "hyena_se", {}),
+    "hyena_x": ("hyena_x", "hyena_x", {}),
+    "hyena_y": ("hyena_y", "hyena_y", {}),
+    "swa": ("swa", "swa", {}),
+    "mamba_2": ("mamba2", "mamba2", {}),
 }
 MLP: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mlp_r_4": ("mlp_r4", "mlp", {}),
     "mlp_r_3": ("mlp_r3", "mlp", {"ratio": 3}),
     "mlp_r_6": ("mlp_r6", "mlp", {"ratio": 6}),
-    "hyena_x": ("mlp_hyena_x", "mlp_hyena_x", {"ratio": 2, "kernel_size": 4}),
+    "hyena_x": ("mlp_hyena_x", "mlp_hyena_x", {}),
 }
 RATIOS = {
     "50p": [i for i in range(DEPTH) if i % 2],
@@ -180,8 +180,8 @@ def test_each_imports_without_a_plan_and_comes_back(run: Graft, tmp_path: Path, 
     # the very tensors, and back into the published layout
     code, _, stderr = run("export", tmp_path / "g", "--format", "published", "--out", tmp_path / "again.pt")
     assert (code, stderr) == (0, "")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        again = torch.load(tmp_path / "again.pt", weights_only=True)
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert set(again) == {"model", "ema", "opt", "args", "train_steps"}
     for part in ("model", "ema"):
         assert set(again[part]) == set(ema)
         assert all(torch.equal(again[part][key], tensor) for key, tensor in ema.items())

@@ -6,7 +6,6 @@ A published grafted file stores no plan: it is read off the keys and shapes insi
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -165,7 +164,9 @@ def infer_plan(
                 found.setdefault(key, []).append(layer)
                 settings_of[key] = settings
     entries = [
-        Replace(target, layers, operator, settings_of[target, operator, text], init="random")
+        Replace(
+            target, layers, operator, _stated(operator, settings_of[target, operator, text]), init="random"
+        )
         for (target, operator, text), layers in found.items()
     ]
     return GraftPlan(entries) if entries else GraftPlan.empty()
@@ -186,6 +187,12 @@ def _settings(
         raise CheckpointError(
             f"{where}: shapes that fit no '{reading.operator}'{_read_off(reading, shapes)}: {error}"
         ) from None
+
+
+def _stated(operator: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a plan must state: those that are not the operator's default."""
+    defaults = operators.get(operator).defaults
+    return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
 
 
 def _shapes_of(
@@ -294,7 +301,11 @@ def import_published(
 
 
 def export_published(model: nn.Module, path: str | Path) -> None:
-    """Write a DiT, edited or not, as a `.pt` of the published form: `model` and `ema` hold its state dict."""
+    """Write a DiT, edited or not, as a `.pt` with the published keys; `model` and `ema` hold its state dict.
+
+    `args` is a dict where theirs is an `argparse.Namespace`, so that torch's own loader of weights takes the file;
+    `opt` is empty: there is no training to go on with.
+    """
     if not isinstance(model, DiT):
         raise CheckpointError(f"only a DiT has a published layout, not {type(model).__name__}")
     if edited_groups(model):
@@ -305,9 +316,12 @@ def export_published(model: nn.Module, path: str | Path) -> None:
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     record = record_of(model)
-    arguments = argparse.Namespace(plan=record.plan.digest() if record else None)
+    content = {
+        "model": state, "ema": state, "opt": {}, "args": {"plan": record.plan.digest() if record else None},
+        "train_steps": 0,
+    }  # fmt: skip
     buffer = io.BytesIO()
-    torch.save({"model": state, "ema": state, "args": arguments}, buffer)
+    torch.save(content, buffer)
     weights.write_bytes(Path(path), buffer.getvalue())
 
 
