@@ -18,6 +18,7 @@ import torch
 from conftest import FIXTURES, prediction, tiny_dit
 from safetensors.torch import load_file
 
+import grafting
 from grafting import GraftPlan, Replace, cli, diffusion, graft, load_model, save_graft, save_model
 from grafting.errors import RunError
 from grafting.formats.published import export_published
@@ -155,6 +156,12 @@ def bad_inputs() -> list[tuple[str, list[str], str]]:
         ("device not here", [*run, "--device", "cuda:99"], "cuda:99"),
         ("sample on a device not here", [*sample, "{o}/x.npz", "--device", "cuda:99"], "cuda:99"),
         ("no such dtype", [*run, "--dtype", "int3"], "int3"),
+        ("inspect in no dtype", ["inspect", "arch:DiT-S/2", "--dtype", "int3"], "int3"),
+        ("explain on no device", [*explain, "{w}/plan.yaml", "--device", "quantum"], "quantum"),
+        ("apply in no dtype", [*apply, "{o}/x", "--plan", "{w}/plan.yaml", "--dtype", "int3"], "int3"),
+        ("apply on no device", [*apply, "{o}/x", "--plan", "{w}/plan.yaml", "--device", "cuda:99"], "cuda:99"),
+        ("export on no device", ["export", "{w}/model", "--out", "{o}/x.pt", "--device", "quantum"], "quantum"),
+        ("evaluate in no dtype", ["evaluate", "{w}/none.npz", "--reference", "x", "--dtype", "int3"], "int3"),
         ("sample where a file is", [*sample, "{w}/plan.yaml/x.npz"], "plan.yaml"),
         ("sample to no npz", [*sample, "{o}/x.png"], "npz"),
         ("sampler", [*sample, "{o}/x.npz", "--sampler", "euler"], "euler"),
@@ -226,8 +233,21 @@ def test_help_is_everywhere(run: Graft) -> None:
         name = command.name or command.callback.__name__
         assert name in text
         assert run(name, "--help")[0] == 0
-    code, text, stderr = run()
-    assert "Usage" in text + stderr
+    for group in ((), ("geneval",)):  # without a verb: the help too
+        code, text, stderr = run(*group)
+        assert (code in (0, 2), stderr) == (True, "")
+        assert text.startswith("Usage: ")
+        assert "\nCommands:\n" in text
+    assert run("--version") == (0, f"graft {grafting.__version__}\n", "")
+
+
+def test_every_verb_that_loads_or_runs_something_takes_the_common_options(run: Graft) -> None:
+    without = {"list", "status", "report", "compare", "push"}
+    for command in cli.app.registered_commands:
+        name = command.name or command.callback.__name__
+        text = run(name, "--help")[1]
+        has = [option for option in ("--device", "--dtype", "--seed") if f" {option} " in text]
+        assert has == ([] if name in without else ["--device", "--dtype", "--seed"]), name
 
 
 def test_list_explain_inspect_and_cost_as_json(run: Graft, world: Path) -> None:
@@ -270,6 +290,20 @@ def test_import_and_export(run: Graft, world: Path, tmp_path: Path) -> None:
     assert run("export", tmp_path / "g", "--out", tmp_path / "again.pt")[0] == 0
     assert run("import", tmp_path / "again.pt", "--out", tmp_path / "g2", "--num-heads", 4)[0] == 0
     assert torch.equal(prediction(load_model(tmp_path / "g2")), prediction(imported))
+    halved = [
+        "import",
+        source,
+        "--out",
+        tmp_path / "g3",
+        "--num-heads",
+        4,
+        "--dtype",
+        "bfloat16",
+        "--seed",
+        1,
+    ]
+    assert run(*halved)[0] == 0
+    assert {p.dtype for p in load_model(tmp_path / "g3").parameters()} == {torch.bfloat16}
     assert run("export", world / "model", "--format", "diffusers", "--out", tmp_path / "d")[0] == 0
     assert torch.equal(prediction(load_model(tmp_path / "d")), prediction(load_model(world / "model")))
 
@@ -286,18 +320,32 @@ def test_apply_distill_finetune_sample_evaluate_compare(run: Graft, world: Path,
         "--out",
         out,
     ]
-    assert run(*arguments)[0] == 0
-    assert run(*arguments)[0] == 2
+    assert run(*arguments, "--device", "cpu", "--seed", 3)[0] == 0
+    code, _, stderr = run(*arguments)
+    assert (code, "--resume" in stderr, "graft distill and finetune go on with it" in stderr) == (
+        2,
+        False,
+        True,
+    )
     recipe = load_yaml(out / "recipe.yaml", "recipe", RunError)
     for stage in ("distill", "finetune"):
         recipe[stage] |= {"steps": 2, "batch_size": 8, "num_validation": 8}
     (out / "recipe.yaml").write_text(json.dumps(recipe))
     for stage in ("distill", "finetune"):
-        code, text, _ = run(stage, out)
+        for option, other, own in (("--seed", 4, 3), ("--dtype", "bfloat16", "float32")):
+            before = contents(out)
+            code, text, stderr = run(stage, out, option, other)
+            assert (code, text, contents(out)) == (2, "", before)
+            assert f"{option} {other}: the run in '{out}' has {option[2:]} {own};" in stderr
+            assert f"graft apply {option} {other}" in stderr
+        code, text, _ = run(stage, out, "--seed", 3, "--dtype", "float32")
         assert (code, text) == (0, f"{stage}: {out}\n")
+        before = contents(out)
         code, _, stderr = run(stage, out)
         assert code == 2
         assert "done already" in stderr
+        assert run(stage, out, "--resume") == (0, f"{stage}: {out} (done already)\n", "")
+        assert contents(out) == before
     for name, seed in (("a", 0), ("b", 1)):
         code, _, _ = run(
             "sample", out, "--num", 20, "--steps", 2, "--seed", seed, "--out", tmp_path / f"{name}.npz"
@@ -321,6 +369,28 @@ def test_apply_distill_finetune_sample_evaluate_compare(run: Graft, world: Path,
     assert "steps" in stderr
 
 
+def test_apply_makes_a_run_of_a_dtype(run: Graft, world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    plan, data = world / "plan.yaml", world / "data.npz"
+    arguments = [
+        "apply",
+        world / "model",
+        "--plan",
+        plan,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--dtype",
+        "bfloat16",
+    ]
+    assert run(*arguments)[0] == 0
+    assert load_yaml(out / "recipe.yaml", "recipe", RunError)["dtype"] == "bfloat16"
+    assert {p.dtype for p in load_model(out).parameters()} == {torch.bfloat16}
+    code, _, stderr = run("distill", out, "--dtype", "float32")
+    assert (code, "has dtype bfloat16" in stderr) == (2, True)
+
+
 def test_run_end_to_end_and_again(run: Graft, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     code, text, stderr = run("run", world / "tiny.yaml", "--out", out, "--dry-run")
@@ -331,6 +401,9 @@ def test_run_end_to_end_and_again(run: Graft, world: Path, tmp_path: Path) -> No
     assert str(out / "report.html") in text
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert evaluation["teacher"]["protocol"]["num_samples"] == 20
+    code, text, _ = run("compare", out, out / "evaluation.json", "--json")
+    assert code == 0
+    assert json.loads(text)["metrics"]["fd"]["a"] == evaluation["student"]["metrics"]["fd"]
     before = contents(out)
     code, _, stderr = run("run", world / "tiny.yaml", "--out", out)
     assert code == 2

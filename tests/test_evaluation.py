@@ -514,3 +514,18 @@ def test_read_evaluation(tmp_path: Path, evaluations: dict[str, dict[str, Any]])
             read_evaluation(path)
     with pytest.raises(GraftError, match="cannot read"):
         read_evaluation(tmp_path / "none.json")
+
+
+def test_the_evaluation_of_a_run_is_its_student_s(
+    tmp_path: Path, evaluations: dict[str, dict[str, Any]]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(GraftError, match=r"holds no evaluation\.json"):
+        read_evaluation(run)
+    both = {"teacher": evaluations["clean"], "student": evaluations["noisy"], "comparison": {}}
+    (run / "evaluation.json").write_text(json.dumps(both))
+    assert read_evaluation(run) == read_evaluation(run / "evaluation.json") == evaluations["noisy"]
+    (run / "evaluation.json").write_text('{"teacher": {}, "student": {}}')
+    with pytest.raises(GraftError, match="no 'metrics'"):
+        read_evaluation(run)

@@ -134,6 +134,16 @@ class Pipeline:
                 check_measures(config.reference, config.features, shape)
         self._checked = self._checked or to_the_end
 
+    def check_same(self, *, seed: int | None = None, dtype: str | None = None) -> None:
+        """Refuse a seed or a type of the weights other than the run's: it has one recipe. Raises RunError."""
+        held = self.recipe.dtype or (dtype and str(next(self.teacher.parameters()).dtype)[len("torch.") :])
+        for name, given, own in (("seed", seed, self.recipe.seed), ("dtype", dtype, held)):
+            if given not in (None, own):
+                raise RunError(
+                    f"--{name} {given}: the run in {str(self.run.path)!r} has {name} {own}; leave --{name} out, or "
+                    f"make a new run with it (graft apply --{name} {given} --out OTHER)"
+                )
+
     def check_evaluation(self) -> None:
         """What would otherwise be found out after hours of training."""
         config = self.recipe.evaluate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -9,3 +11,20 @@ app = typer.Typer(
     help="Edit the architecture of pretrained diffusion transformers.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from grafting import __version__
+
+        print(f"graft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass

@@ -32,6 +32,7 @@ def bench(
         str | None, typer.Option(help="float32, bfloat16, and float16 (operators, depth) or auto (the others).")
     ] = None,
     mode: Annotated[str | None, typer.Option(help="stage2, sample, depth: eager (default), compiled or both.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="As elsewhere; times do not hang on values.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Compare the speed of two ways in one run; report ratios."""

@@ -44,6 +44,20 @@ def parse_dtype(name: str | None) -> Any:
     return known[name]
 
 
+def check_common(device: str, dtype: str | None = None) -> None:
+    """Refuse what is no device here and no type, where neither changes anything. Raises GraftError."""
+    from grafting.loading import as_device
+
+    as_device(device)
+    parse_dtype(dtype)
+
+
+def recipe_changes(set: list[str] | None, *, dtype: str | None = None, seed: int | None = None) -> list[str]:
+    """Changes to a recipe: those of `--set`, then what has an option of its own."""
+    given = {"dtype": dtype, "seed": seed}
+    return [*(set or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+
+
 def parse_batch_size(text: str) -> Any:
     if text == "auto":
         return text

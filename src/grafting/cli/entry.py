@@ -37,6 +37,9 @@ def main() -> None:
         if type(error).__module__.split(".")[0] not in ("click", "typer"):  # newer typers carry click inside
             settle(1, f"{type(error).__name__}: {error}")
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # not a mistake: its message is the help
+            sys.stdout.write(f"{getattr(error, 'message', error)}\n")
+            raise SystemExit(2) from None
         describe = getattr(error, "format_message", None)
         raise _end(str(describe() if describe else error), 2) from None
     finally:

@@ -8,8 +8,23 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, open_model, parse_batch_size, parse_dtype, show, spread
-from grafting.cli.options import BatchSize, Device, Dtype, Heads, Json, Processes, Seed, Source
+from grafting.cli.common import (
+    check_common,
+    new_console,
+    open_model,
+    parse_batch_size,
+    parse_dtype,
+    show,
+    spread,
+)
+from grafting.cli.options import AnySeed, BatchSize, Device, Dtype, Heads, Json, Processes, Seed, Source
+
+FeatureDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="As elsewhere; feature networks have a type of their own, so it changes nothing."
+    ),
+]
 
 
 @app.command()
@@ -62,7 +77,7 @@ def evaluate(
         Path | None, typer.Option(help="With --clip: a prompt for each image; default: those that graft sample left.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the result here, for graft compare.")] = None,
-    device: Device = "cpu", json_: Json = False,
+    device: Device = "cpu", dtype: FeatureDtype = None, seed: AnySeed = 0, json_: Json = False,
 ) -> None:  # fmt: skip
     """Frechet distance, precision, recall, inception-style score and label accuracy of a sample file; CLIP score."""
     from grafting.errors import GraftError
@@ -76,6 +91,7 @@ def evaluate(
         raise GraftError(f"--features {features} is for a --reference: give one, or leave it out")
     if clip is None and captions is not None:
         raise GraftError("--captions is for --clip: give a CLIP, or leave it out")
+    check_common(device, dtype)
     parts = []
     if reference is not None:
         parts.append(measure(samples, reference, features, device=device))
@@ -89,7 +105,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="Evaluation (JSON of graft evaluate).")],
+    a: Annotated[Path, typer.Argument(help="JSON of graft evaluate, or a run (its student).")],
     b: Annotated[Path, typer.Argument(help="Another one.")], json_: Json = False,
 ) -> None:  # fmt: skip
     """Two evaluations side by side; refuses unlike protocols."""

@@ -8,8 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import check_empty, emit, new_console, open_model, parse_dtype, show
-from grafting.cli.options import Device, Dtype, Heads, Json, Locality, Plan, Seed, Source
+from grafting.cli.common import check_common, check_empty, emit, new_console, open_model, parse_dtype, show
+from grafting.cli.options import (
+    AnyDevice,
+    AnyDtype,
+    AnySeed,
+    Device,
+    Dtype,
+    Heads,
+    Json,
+    Locality,
+    Plan,
+    Seed,
+    Source,
+)
 
 
 @app.command("list")
@@ -35,24 +47,31 @@ def list_(json_: Json = False) -> None:
 
 
 @app.command()
-def inspect(source: Source, num_heads: Heads = None, json_: Json = False) -> None:
+def inspect(
+    source: Source, num_heads: Heads = None, device: Device = "cpu", dtype: AnyDtype = None, seed: AnySeed = 0,
+    json_: Json = False,
+) -> None:  # fmt: skip
     """What a model is: its shape, operators per layer, parameters and FLOPs."""
     from grafting.inspection import inspect_model
 
-    found = inspect_model(open_model(source, num_heads=num_heads, meta=True))
+    check_common(device, dtype)
+    found = inspect_model(open_model(source, num_heads=num_heads, device=device, dtype=dtype, meta=True))
     show(found, json_, [("layer", "target", "operator", "params", "flops")], "sites")
 
 
 @app.command()
 def explain(
-    source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None, json_: Json = False
-) -> None:
+    source: Source, plan: Plan, num_heads: Heads = None, locality: Locality = None,
+    device: Device = "cpu", dtype: AnyDtype = None, seed: AnySeed = 0, json_: Json = False,
+) -> None:  # fmt: skip
     """What a plan would do to a model, layer by layer; touches nothing and, on arch:, allocates nothing."""
     from grafting.plan import GraftPlan
     from grafting.surgery import explain as explain_plan
 
+    check_common(device, dtype)
     loaded = GraftPlan.load(plan)
-    found = explain_plan(open_model(source, num_heads=num_heads, meta=True), loaded, locality).to_dict()
+    model = open_model(source, num_heads=num_heads, device=device, dtype=dtype, meta=True)
+    found = explain_plan(model, loaded, locality).to_dict()
     show(found, json_, [("layer", "target", "from", "to", "init", "params", "flops")], "edits")
 
 
@@ -114,15 +133,18 @@ def import_(
     window: Annotated[
         int | None, typer.Option(min=0, help="Window of swa operators, which is in no shape; default 4.")
     ] = None,
-) -> None:
+    device: AnyDevice = "cpu", dtype: Dtype = None, seed: AnySeed = 0,
+) -> None:  # fmt: skip
     """Read a published grafted checkpoint; the plan is read off its keys and shapes."""
     from grafting.formats.graft_folder import save_graft
     from grafting.formats.published import import_published
+    from grafting.formats.weights import cast
     from grafting.surgery import record_of
 
+    check_common(device, dtype)
     check_empty(out)
     model = import_published(file, num_heads=num_heads, window=window)
-    save_graft(model, out)
+    save_graft(cast(model, parse_dtype(dtype)) if dtype else model, out)
     record = record_of(model)
     print(record.plan if record else "")
     print(f"graft: {out}")
@@ -133,11 +155,12 @@ def export(
     source: Source, out: Annotated[Path, typer.Option(help="File (.pt) of published, folder of the others.")],
     format: Annotated[str, typer.Option(help="published, diffusers, pipeline or graft.")] = "published",
     merge: Annotated[bool, typer.Option("--merge", help="Add LoRA adapters into the weights.")] = False,
-    dtype: Dtype = None,
+    device: AnyDevice = "cpu", dtype: Dtype = None, seed: AnySeed = 0,
 ) -> None:  # fmt: skip
     """Write a model in another layout: a published .pt, diffusers' (unedited DiTs), a whole pipeline, or a graft."""
     from grafting.exports import export_model
 
+    check_common(device, dtype)
     export_model(source, out, format, merge=merge, dtype=parse_dtype(dtype))
     print(f"exported: {out}")
 

@@ -13,6 +13,26 @@ Precision = Annotated[
     str, typer.Option(help="fp32, bf16 (autocast; first and last layer stay float32), or auto.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+# Every verb that loads a model or runs something takes --device, --dtype and --seed: scripts can give them to all.
+AnyDevice = Annotated[
+    str, typer.Option("--device", help="As elsewhere; nothing is computed here, so it changes nothing.")
+]
+AnyDtype = Annotated[
+    str | None, typer.Option("--dtype", help="As elsewhere; here it changes the memory taken and no number.")
+]
+AnySeed = Annotated[
+    int, typer.Option("--seed", min=0, help="As elsewhere; nothing is drawn here, so it changes nothing.")
+]
+OwnSeed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Seed of every draw; default the recipe's.")
+]
+RunDtype = Annotated[
+    str | None, typer.Option("--dtype", help="The run's own; another is refused, it would be another run.")
+]
+RunSeed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="The run's own; another is refused, it would be another run."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Source = Annotated[
     str, typer.Argument(help="Packaged name, .pt file, folder (model, graft, run), hub id, or arch:DiT-XL/2.")

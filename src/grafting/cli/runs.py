@@ -8,15 +8,28 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, spread
-from grafting.cli.options import Device, Dtype, Heads, Locality, Processes, Resume, Seed, Set, Source
+from grafting.cli.common import new_console, parse_dtype, recipe_changes, spread
+from grafting.cli.options import (
+    Device,
+    Dtype,
+    Heads,
+    Locality,
+    OwnSeed,
+    Processes,
+    Resume,
+    RunDtype,
+    RunSeed,
+    Seed,
+    Set,
+    Source,
+)
 
 
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/demo or runs/demo-text.")] = None,
     text: Annotated[bool, typer.Option("--text", help="A text-to-image model, and no data: pixart-emoji.")] = False,
-    resume: Resume = False, device: Device = "cpu", seed: Seed = 0, set: Set = None,
+    resume: Resume = False, set: Set = None, device: Device = "cpu", dtype: Dtype = None, seed: OwnSeed = None,
 ) -> None:  # fmt: skip
     """Half of the attention of the packaged dit-fashion becomes hyena_x: the whole method in minutes."""
     run(
@@ -27,7 +40,7 @@ def demo(
         dry_run=False,
         processes=1,
         device=device,
-        dtype=None,
+        dtype=dtype,
         seed=seed,
     )
 
@@ -39,7 +52,7 @@ def run(
     resume: Resume = False, set: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and its needs; do nothing.")] = False,
     processes: Processes = 1,
-    device: Device = "cpu", dtype: Dtype = None, seed: Annotated[int | None, typer.Option(min=0)] = None,
+    device: Device = "cpu", dtype: Dtype = None, seed: OwnSeed = None,
 ) -> None:  # fmt: skip
     """Run a recipe: synthesize, graft, distill, finetune, sample, evaluate, report."""
     from grafting.pipeline import Pipeline
@@ -47,11 +60,7 @@ def run(
     from grafting.recipes import load_recipe
     from grafting.runs import RunFolder
 
-    overrides = [
-        *(set or []),
-        *([f"dtype={dtype}"] if dtype else []),
-        *([f"seed={seed}"] if seed is not None else []),
-    ]
+    overrides = recipe_changes(set, dtype=dtype, seed=seed)
     if not dry_run and is_one_of_several():
         spread(processes, device)  # first of all, so that an error is printed once
     resolved = load_recipe(recipe, overrides)
@@ -89,7 +98,7 @@ def apply(
     plan: Annotated[Path | None, typer.Option(help="Plan file, YAML or JSON.")] = None,
     student: Annotated[str | None, typer.Option(help="Folder of a graft, instead of a plan.")] = None,
     data: Annotated[str, typer.Option(help="Data of the later stages.")] = "fashion-10",
-    num_heads: Heads = None, locality: Locality = None, seed: Seed = 0,
+    num_heads: Heads = None, locality: Locality = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Make a run folder of an edited model, ready for distill and finetune: a plan applied, or a saved graft."""
     from grafting.errors import PlanError
@@ -101,33 +110,34 @@ def apply(
     if (plan is None) == (student is None):
         raise PlanError("graft apply: give --plan FILE or --student FOLDER (one of them)")
     recipe = load_recipe({
-        "name": out.name, "model": source, "num_heads": num_heads, "data": data, "seed": seed, "student": student,
+        "name": out.name, "model": source, "num_heads": num_heads, "dtype": dtype, "data": data, "seed": seed,
+        "student": student,
         "plan": GraftPlan.load(plan).to_dict()["entries"] if plan else [],
         "locality": str(locality) if locality else None,
     })  # fmt: skip
-    pipeline = Pipeline(recipe, RunFolder(out, new_console()))
+    pipeline = Pipeline(recipe, RunFolder(out, new_console()), device)
     pipeline.check()
-    pipeline.run = RunFolder.create(out, recipe.to_dict(), pipeline.run.console)
+    pipeline.run = RunFolder.create(out, recipe.to_dict(), pipeline.run.console, resumable=False)
     pipeline.graft()
     print(f"grafted: {out}/graft")
 
 
 @app.command()
 def distill(
-    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu",
-    processes: Processes = 1,
+    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, processes: Processes = 1,
+    device: Device = "cpu", dtype: RunDtype = None, seed: RunSeed = None,
 ) -> None:  # fmt: skip
     """Stage 1 on a run folder: the new operators learn what the donor's do."""
-    _stage(run, "distill", resume, device, processes)
+    _stage(run, "distill", resume, device, processes, dtype, seed)
 
 
 @app.command()
 def finetune(
-    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, device: Device = "cpu",
-    processes: Processes = 1,
+    run: Annotated[Path, typer.Argument(help="Run folder.")], resume: Resume = False, processes: Processes = 1,
+    device: Device = "cpu", dtype: RunDtype = None, seed: RunSeed = None,
 ) -> None:  # fmt: skip
     """Stage 2 on a run folder: the whole edited model, lightly."""
-    _stage(run, "finetune", resume, device, processes)
+    _stage(run, "finetune", resume, device, processes, dtype, seed)
 
 
 @app.command()
@@ -139,15 +149,23 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     print(f"report: {write_report(RunFolder.open(run).path)}")
 
 
-def _stage(folder: Path, stage: str, resume: bool, device: str, processes: int) -> None:
+def _stage(
+    folder: Path, stage: str, resume: bool, device: str, processes: int, dtype: str | None, seed: int | None
+) -> None:  # fmt: skip
     from grafting.errors import RunError
     from grafting.pipeline import open_pipeline
 
     spread(processes, device)
     console = new_console()
+    parse_dtype(dtype)
     pipeline = open_pipeline(folder, console, device)
+    pipeline.check_same(seed=seed, dtype=dtype)
     if pipeline.run.result(stage) is not None:
-        raise RunError(f"{str(folder)!r}: {stage} is done already; use another run folder to do it again")
+        if not resume:
+            raise RunError(f"{str(folder)!r}: {stage} is done already; use another run folder to do it again")
+        if pipeline.compute.is_main:
+            print(f"{stage}: {folder} (done already)")
+        return
     started = any((folder / "checkpoints" / stage).glob("*.pt"))
     if started and not resume:
         raise RunError(f"{str(folder)!r}: {stage} was begun; go on with --resume")

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import emit, new_console, spread
-from grafting.cli.options import Device, Dtype, Json, Processes, Set
+from grafting.cli.common import emit, new_console, recipe_changes, spread
+from grafting.cli.options import Device, Dtype, Json, OwnSeed, Processes, Set
 
 
 @app.command()
@@ -22,7 +22,7 @@ def search(
     num: Annotated[int, typer.Option(min=1, help="Noised samples that damage is measured on.")] = 256,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/search-<name of the recipe>.")] = None,
     set: Set = None, processes: Processes = 1, device: Device = "cpu", dtype: Dtype = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every draw.")] = None, json_: Json = False,
+    seed: OwnSeed = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Which operator in which layer: distill all candidates, score each alone, choose under a budget; resumable."""
     from grafting.plan import GraftPlan
@@ -31,13 +31,8 @@ def search(
     from grafting.report.text import table
     from grafting.search import search_plan
 
-    overrides = [
-        *(set or []),
-        *([f"dtype={dtype}"] if dtype else []),
-        *([f"seed={seed}"] if seed is not None else []),
-    ]
     compute = spread(processes, device)
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, recipe_changes(set, dtype=dtype, seed=seed))
     folder = out or Path("runs") / f"search-{resolved.name}"
     console = new_console()
     found = search_plan(

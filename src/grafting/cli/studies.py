@@ -9,7 +9,7 @@ import typer
 
 from grafting.cli.app import app
 from grafting.cli.common import new_console
-from grafting.cli.options import Device, Resume, Seed, Set
+from grafting.cli.options import Device, Dtype, Resume, Seed, Set
 
 
 @app.command()
@@ -24,12 +24,13 @@ def study(
     reuse: Annotated[
         list[Path] | None, typer.Option(help="Folder of another study whose equal rows are taken over; repeatable.")
     ] = None,
-    resume: Resume = False, set: Set = None, device: Device = "cpu", seed: Seed = 0,
+    resume: Resume = False, set: Set = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Run a set of experiments; finished rows are never run again."""
     from grafting.studies import run_study
 
-    changes = [f"{key}={value}" for key, value in (("data", data), ("preset", preset)) if value is not None]
+    given = {"data": data, "preset": preset, "dtype": dtype}
+    changes = [f"{key}={value}" for key, value in given.items() if value is not None]
     folder = out or Path("runs") / f"study-{name}"
     console = new_console()
     page = run_study(

@@ -12,12 +12,22 @@ from grafting.errors import GraftError
 
 # What may differ: the seed, and which model or plan made the samples (and what does not change them).
 FREE_FIELDS = ("seed", "model", "plan", "graft", "base", "batch_size", "device")
+RUN_FILE = "evaluation.json"  # of a run: {"teacher", "student", "comparison"}
 _MAX_BYTES = 1 << 24
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """Read an evaluation that `evaluate` returned, from a JSON file; `GraftError` if it is none."""
+    """Read an evaluation that `evaluate` returned, from a JSON file; `GraftError` if it is none.
+
+    path: also a run folder or its evaluation.json, which holds those of teacher and student; the student's is read.
+    """
     path = Path(path)
+    if path.is_dir():
+        path = path / RUN_FILE
+        if not path.is_file():
+            raise GraftError(
+                f"{str(path.parent)!r} holds no {RUN_FILE}: expected a run folder that was evaluated"
+            )
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise GraftError(f"{path} is larger than {_MAX_BYTES} bytes; expected the JSON of one evaluation")
@@ -28,6 +38,8 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
         raise GraftError(
             f"cannot read the evaluation {path}: {error}; make it with graft evaluate"
         ) from error
+    if isinstance(evaluation, dict) and "metrics" not in evaluation and "student" in evaluation:
+        evaluation = evaluation["student"]
     _check(evaluation, str(path))
     return evaluation
 

@@ -62,10 +62,12 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: str | Path, recipe: Mapping[str, Any], console: Console, *, resume: bool = False
-    ) -> RunFolder:
+        cls, path: str | Path, recipe: Mapping[str, Any], console: Console, *, resume: bool = False,
+        resumable: bool = True,
+    ) -> RunFolder:  # fmt: skip
         """A new run, or with `resume` the one that is there if its recipe is the same. Raises RunError.
 
+        resumable: whether the caller could have said `resume`; the error for a run that is there names the remedy.
         This process is then the only one that may write to it, until the first `writing` ends.
         """
         run = cls(path, console)
@@ -77,19 +79,20 @@ class RunFolder:
             raise RunError(f"can't write {str(path)!r}: {error.strerror or error}") from None
         run._lock.acquire()
         try:
-            run._set_up(json.loads(json.dumps(recipe)), resume)
+            run._set_up(json.loads(json.dumps(recipe)), resume, resumable)
         except BaseException:
             run._lock.release()
             raise
         return run
 
-    def _set_up(self, recipe: dict[str, Any], resume: bool) -> None:
+    def _set_up(self, recipe: dict[str, Any], resume: bool, resumable: bool) -> None:
         where = str(self.path)
         if not self._exists():
             self._check_empty()
             weights.write_bytes(self.path / "recipe.yaml", dump_yaml(recipe).encode())
         elif not resume:
-            raise RunError(f"{where!r} already holds a run; go on with --resume, or give another --out")
+            remedy = "go on with --resume" if resumable else "graft distill and finetune go on with it"
+            raise RunError(f"{where!r} already holds a run; {remedy}, or give another --out")
         else:
             existing, recipe = self.recipe(), upgraded(recipe, VERSION)
             keys = {*existing, *recipe} - _FREE_KEYS
