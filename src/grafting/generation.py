@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import grafting
 from grafting import draws
 from grafting.conditioning import move
 from grafting.data.text import CaptionSource
 from grafting.diffusion import sample
 from grafting.errors import GraftError
-from grafting.evaluation import SampleWriter
+from grafting.evaluation.samples import SampleWriter, protocol_text
 from grafting.families import family_of
-from grafting.families.codec import decoder
-from grafting.formats.weights import write_bytes
-from grafting.training.acceleration import compiled
-from grafting.training.compute import Compute, make_compute
+from grafting.families.codec import SD_VAE, decoder
+from grafting.formats.pipeline_folder import pipeline_of
+from grafting.formats.weights import combined_digest, digests, write_bytes
+from grafting.parts import Parts
+from grafting.surgery import record_of
+from grafting.training.acceleration import compiled, compiles
+from grafting.training.compute import make_compute
 
 Progress = Callable[[int, int], None]
 SHEET_PIXELS = 16_000_000  # of a sheet of samples; many programs refuse to open more than some 100 million
@@ -55,7 +59,9 @@ def generate(
     The label of image i is i modulo the number of classes; with `captions`, which a model that is not class-conditional
     needs, modulo their number (or the class of that caption, where captions have one), and their texts are written
     beside (`<path>.captions.jsonl`). Of several processes each
-    draws some of the batches and the first writes. `describe` is added to the protocol (model, plan).
+    draws some of the batches and the first makes the file. Finished batches are kept in a folder beside it (`parts`)
+    until it is whole: the same call after a stop draws the others only.
+    `describe` is added to the protocol (model, plan).
     batch_size: "auto" draws as many at once as the memory of the device takes, and halves that where it does not.
     Raises GraftError.
     """
@@ -89,16 +95,26 @@ def generate(
     }  # fmt: skip
     if classes is None and captions is not None:
         protocol |= {"captions": captions.name, "captions_sha256": captions.content_hash}
+    protocol_text(path, protocol)  # refused before anything is drawn
     model.eval()
-    if batch_size == "auto":
+
+    def choose() -> int:
+        if batch_size != "auto":
+            return batch_size
         from grafting.analysis.headroom import fitting_batch_size
 
-        size = compute.from_main(fitting_batch_size(
+        return fitting_batch_size(
             model, num, device, guidance=guidance, precision=compute.precision, processes=compute.world
-        ))  # fmt: skip
-    else:
-        size = batch_size
-    batches = torch.arange(num).split(size)
+        )
+
+    def identity() -> dict[str, Any]:
+        """What images depend on: those of a stopped attempt are gone on with where all of it is the same."""
+        latents = shape[0] not in (1, 3)
+        return {
+            "protocol": protocol, "batch_size": batch_size, "shape": shape, "device": device.type,
+            "compiled": compiles(compile, device), "vae": _vae_name(model, vae) if latents else None,
+            "weights": combined_digest(digests(model)), **_structure(model), "version": grafting.__version__,
+        }  # fmt: skip
 
     def draw(index: Tensor) -> np.ndarray:
         if classes is None and captions is not None:
@@ -114,46 +130,62 @@ def generate(
             )  # fmt: skip
         return decode(x0)
 
-    images = _in_order(batches, _within_memory(draw, size, device, halve=batch_size == "auto"), compute)
-    sheet: list[np.ndarray] = []
-    shown, columns = min(num, 10 * kinds, 100), min(10, kinds)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(compiled(family.compilable(model), compile, device))
+    def tell(done: int) -> None:
+        if progress:
+            progress(min(num, done * parts.size), num)
+
+    parts = Parts(path, num, compute, tell)
+    with parts.opened(identity, choose):
+        fitting = _within_memory(draw, parts.size, device, halve=batch_size == "auto")
+        with compiled(family.compilable(model), compile, device):
+            parts.draw(lambda rows: fitting(torch.tensor(rows)))
         if not compute.is_main:
-            for _ in images:
-                pass
+            parts.await_end()
             return path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise GraftError(f"can't write {str(path)!r}: {error.strerror}; give another place") from None
-        writer: SampleWriter | None = None
-        for number, drawn in enumerate(images):
-            if writer is None:
-                writer = stack.enter_context(SampleWriter(path, num, drawn.shape[1:], labels, protocol))
-            writer.append(drawn)
-            if number * size < shown:  # smaller at once: 100 images of 2048x2048 are 1.3 GB
-                sheet.append(smaller(drawn, _tile_side(shown, columns, *drawn.shape[1:3])))
-            if progress:
-                progress(min(num, (number + 1) * size), num)
-    save_grid(np.concatenate(sheet)[:shown], path.with_suffix(".png"), columns=columns)
-    if classes is None and captions is not None:
-        lines = [json.dumps({"caption": captions.captions[number]}) for number in numbers.tolist()]
-        write_bytes(path.with_suffix(".captions.jsonl"), ("\n".join(lines) + "\n").encode())
+        parts.await_all()
+        texts = (
+            [captions.captions[number] for number in numbers.tolist()]
+            if classes is None and captions
+            else None
+        )
+        _assemble(path, parts, labels, protocol, kinds, texts)
     return path
 
 
-def _in_order(
-    batches: Sequence[Tensor], draw: Callable[[Tensor], np.ndarray], compute: Compute
-) -> Iterator[np.ndarray]:
-    """The images of all batches in order, on the first process; the others draw their share and yield nothing.
+def _assemble(
+    path: Path, parts: Parts, labels: np.ndarray, protocol: dict[str, Any], kinds: int, texts: list[str] | None
+) -> None:  # fmt: skip
+    """Write the file of all batches, last; its sheet and the captions beside it are there when it is."""
+    sheet: list[np.ndarray] = []
+    shown, columns = min(parts.num, 10 * kinds, 100), min(10, kinds)
+    with contextlib.ExitStack() as stack:
+        writer: SampleWriter | None = None
+        for number, images in enumerate(parts.images()):
+            if writer is None:
+                writer = stack.enter_context(
+                    SampleWriter(path, parts.num, images.shape[1:], labels, protocol)
+                )
+            writer.append(images)
+            if number * parts.size < shown:  # smaller at once: 100 images of 2048x2048 are 1.3 GB
+                sheet.append(smaller(images, _tile_side(shown, columns, *images.shape[1:3])))
+        save_grid(np.concatenate(sheet)[:shown], path.with_suffix(".png"), columns=columns)
+        if texts is not None:
+            lines = [json.dumps({"caption": text}) for text in texts]
+            write_bytes(path.with_suffix(".captions.jsonl"), ("\n".join(lines) + "\n").encode())
 
-    A batch is drawn whole by one process, so that its images are those that a single process would draw.
-    """
-    for start in range(0, len(batches), compute.world):
-        mine = batches[start + compute.rank : start + compute.rank + 1]
-        drawn = compute.collect(draw(mine[0]) if mine else None)
-        yield from (images for images in drawn if images is not None)
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """What is in no weight: the architecture, and the plan of an edited model."""
+    record = record_of(model)
+    if record is None:
+        return {"architecture": family_of(model).architecture(model), "plan": None}
+    return {"architecture": record.architecture, "plan": record.plan.to_dict()}
+
+
+def _vae_name(model: nn.Module, vae: str | None) -> str:
+    """Which VAE decodes: a folder by its whole path, or a hub id."""
+    name = str(pipeline_of(model) or SD_VAE) if vae is None else vae
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _within_memory(

@@ -31,6 +31,7 @@ from grafting.formats import weights
 from grafting.formats.graft_folder import load_graft, save_graft
 from grafting.generation import generate
 from grafting.loading import as_device, load_model, pretraining_visits
+from grafting.parts import remove_parts
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder
 from grafting.runs.trackers import check_trackers
@@ -299,6 +300,8 @@ class Pipeline:
                 started = time.perf_counter()
                 drawn = (self.run.path / "samples" / f"{who}.npz").is_file()
                 if who != "student" and self.compute.from_main(drawn):
+                    if self.compute.is_main:  # an attempt that was killed as it ended may have left some
+                        remove_parts(self.run.path / "samples" / f"{who}.npz")
                     continue  # drawn by an earlier attempt or row: files appear whole or not at all
                 generate(
                     model, self.run.path / "samples" / f"{who}.npz", seed=noise, captions=captions,

@@ -171,6 +171,19 @@ def meet() -> None:
         ) from None
 
 
+def check_others() -> None:
+    """Raise PeerError if another process has failed or died: for one that waits for no message. Answers at once."""
+    joined = _notes()
+    if joined is None:
+        return
+    try:
+        lost = orphaned() or _why(*joined, patience=0) is not None
+    except (RuntimeError, ValueError):  # whoever kept the notes is gone
+        lost = True
+    if lost:
+        raise PeerError("another process of this run has ended; what is finished is kept: start again to go on")
+
+
 def settle(code: int, message: str, *, lost: bool = False) -> tuple[int, bool]:
     """How this process ends: its exit status, and whether it is the one that prints the error line.
 

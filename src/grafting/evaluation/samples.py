@@ -125,10 +125,7 @@ class SampleWriter:
         labels = np.asarray(labels)
         _check_labels(labels, num_samples, str(self.path))
         self._labels = labels.astype(np.int64)
-        try:
-            self._meta = json.dumps(dict(protocol), sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"the protocol of {self.path} is not plain JSON: {error}") from error
+        self._meta = protocol_text(self.path, protocol)
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._archive: zipfile.ZipFile | None = None
         self._file: IO[bytes] | None = None
@@ -176,6 +173,14 @@ class SampleWriter:
         self._partial.unlink(missing_ok=True)
         if kind is None:
             raise DataError(f"{self.path}: {self._num_written} of {self._shape[0]} images were given")
+
+
+def protocol_text(path: Path, protocol: Mapping[str, Any]) -> str:
+    """The protocol as it stands in the file `path`. Raises DataError for one that is not plain JSON."""
+    try:
+        return json.dumps(dict(protocol), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the protocol of {path} is not plain JSON: {error}") from error
 
 
 def write_samples(
