@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import grafting
 from grafting import GraftPlan, Replace, cli, diffusion, graft, load_model, save_graft, save_model
 from grafting.errors import RunError
+from grafting.evaluation import SampleFile
 from grafting.formats.published import export_published
 from grafting.runs import RunFolder
 from grafting.yaml_io import load_yaml
@@ -462,7 +463,7 @@ def test_two_processes_are_one(run: Graft, world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_outside_of_training_leaves_nothing_half_written(
+def test_a_signal_while_sampling_leaves_whole_batches_and_the_command_goes_on(
     run: Graft,
     world: Path,
     tmp_path: Path,
@@ -482,13 +483,18 @@ def test_a_signal_outside_of_training_leaves_nothing_half_written(
     before = signal.getsignal(signal.SIGTERM)
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
     out = tmp_path / "out"
-    code, stdout, stderr = run(
-        "sample", world / "model", "--num", 8, "--batch-size", 4, "--steps", 2, "--out", out / "x.npz"
-    )
+    command = ("sample", world / "model", "--num", 8, "--batch-size", 4, "--steps", 2, "--precision", "bf16")
+    code, stdout, stderr = run(*command, "--out", out / "x.npz")
     signal.signal(signal.SIGINT, ours)
     assert (code, stdout) == (status, "")
     assert stderr.splitlines()[-1] in ("error: interrupted", "error: terminated")
-    assert list(out.iterdir()) == []
+    assert sorted(path.name for path in out.rglob("*")) == [".x.parts", "000000.npy", "parts.json"]
+    assert run(*command, "--out", out / "x.npz")[0] == 0
+    assert len(calls) == 3  # the first batch is not drawn again
+    assert sorted(path.name for path in out.iterdir()) == ["x.npz", "x.png"]
+    assert run(*command, "--out", out / "y.npz")[0] == 0
+    assert (out / "x.npz").read_bytes() == (out / "y.npz").read_bytes()
+    assert SampleFile.open(out / "x.npz").protocol["precision"] == "bf16"
     assert signal.getsignal(signal.SIGTERM) == before
 
 

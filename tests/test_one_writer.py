@@ -1,8 +1,9 @@
-"""Of several processes the first alone writes: what Python asks of the disk in each of two, over a whole run."""
+"""Of several processes the first alone writes, but for batches of samples: what each of two asks of the disk."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ CHANGES = {
     "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
     "os.utime", "shutil.rmtree", "shutil.copyfile", "shutil.move", "tempfile.mkstemp", "tempfile.mkdtemp",
 }  # fmt: skip
+PART = re.compile(r"(tempfile.mkstemp|open|os.chmod|os.rename) \.\d{6}\.npy\..*\.tmp")
 READING = os.O_RDONLY | os.O_CLOEXEC
 
 
@@ -35,14 +37,17 @@ def watched_run(folder: Path, recipe: dict[str, Any]) -> list[str]:
     return asked
 
 
-def test_the_first_process_alone_writes(tmp_path: Path) -> None:
+def test_the_first_process_alone_writes_but_batches_of_samples(tmp_path: Path) -> None:
     recipe = tiny_recipe(
         tmp_path, finetune={"preview_every": 2, "preview_samples": 2}, sample={"batch_size": 4}
     )
     first, second = together(2, watched_run, tmp_path / "run", recipe)
     assert isinstance(first, list), first
     assert isinstance(second, list), second
-    assert second == []
+    assert (
+        second
+    )  # its share of the samples: each batch a file, in the folder that the first makes and removes
+    assert [line for line in second if not PART.fullmatch(line)] == []
     names = " ".join(first)
     for name in ("recipe.yaml", "run.json", "metrics.jsonl", "status.json", "000000002.pt", "graft.json", "report.html",
                  "student.npz", "finetune-000002.png"):  # fmt: skip

@@ -78,7 +78,8 @@ def generate(
         raise GraftError(
             "this model is conditioned on captions: give them (--prompts FILE, or --data FOLDER of graft synthesize)"
         )
-    kinds = classes if classes is not None or captions is None else len(captions)
+    texts = captions if classes is None else None
+    kinds = classes if texts is None else len(texts)
     assert kinds is not None
     compute = make_compute(next(model.parameters()).device, precision)
     device = compute.device
@@ -86,15 +87,15 @@ def generate(
     decode = decoder(model, vae, device)
     shape = family.sample_shape(model)
     numbers = np.arange(num) % kinds
-    classes_of = captions.labels if captions is not None and classes is None else None
+    classes_of = texts.labels if texts is not None else None
     labels = numbers if classes_of is None else np.asarray(classes_of)[numbers]
     named = f"i mod {kinds}" if classes_of is None else f"class of caption i mod {kinds}"
     protocol = {
         "num_samples": num, "steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed,
         "labels": named, "precision": compute.precision, **(describe or {}),
     }  # fmt: skip
-    if classes is None and captions is not None:
-        protocol |= {"captions": captions.name, "captions_sha256": captions.content_hash}
+    if texts is not None:
+        protocol |= {"captions": texts.name, "captions_sha256": texts.content_hash}
     protocol_text(path, protocol)  # refused before anything is drawn
     model.eval()
 
@@ -117,8 +118,8 @@ def generate(
         }  # fmt: skip
 
     def draw(index: Tensor) -> np.ndarray:
-        if classes is None and captions is not None:
-            condition = move(captions.conditions(index % kinds), device)
+        if texts is not None:
+            condition = move(texts.conditions(index % kinds), device)
         else:
             condition = index.to(device) % kinds
         index = index.to(device)
@@ -143,17 +144,12 @@ def generate(
             parts.await_end()
             return path
         parts.await_all()
-        texts = (
-            [captions.captions[number] for number in numbers.tolist()]
-            if classes is None and captions
-            else None
-        )
         _assemble(path, parts, labels, protocol, kinds, texts)
     return path
 
 
 def _assemble(
-    path: Path, parts: Parts, labels: np.ndarray, protocol: dict[str, Any], kinds: int, texts: list[str] | None
+    path: Path, parts: Parts, labels: np.ndarray, protocol: dict[str, Any], kinds: int, texts: CaptionSource | None
 ) -> None:  # fmt: skip
     """Write the file of all batches, last; its sheet and the captions beside it are there when it is."""
     sheet: list[np.ndarray] = []
@@ -170,7 +166,8 @@ def _assemble(
                 sheet.append(smaller(images, _tile_side(shown, columns, *images.shape[1:3])))
         save_grid(np.concatenate(sheet)[:shown], path.with_suffix(".png"), columns=columns)
         if texts is not None:
-            lines = [json.dumps({"caption": text}) for text in texts]
+            given = texts.captions
+            lines = [json.dumps({"caption": given[number % kinds]}) for number in range(parts.num)]
             write_bytes(path.with_suffix(".captions.jsonl"), ("\n".join(lines) + "\n").encode())
 
 

@@ -135,7 +135,7 @@ class Parts:
             size = known["batch_size"]
         else:
             _clear(self.folder)
-            size = choose()
+            size = min(self.num, choose())
             weights.write_json(self.folder / MANIFEST, {"batch_size": size, "of": identity})
         self.size = size
         missing = [

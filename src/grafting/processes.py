@@ -181,7 +181,9 @@ def check_others() -> None:
     except (RuntimeError, ValueError):  # whoever kept the notes is gone
         lost = True
     if lost:
-        raise PeerError("another process of this run has ended; what is finished is kept: start again to go on")
+        raise PeerError(
+            "another process of this run has ended; what is finished is kept: start again to go on"
+        )
 
 
 def settle(code: int, message: str, *, lost: bool = False) -> tuple[int, bool]:

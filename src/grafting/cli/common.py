@@ -68,6 +68,15 @@ def parse_batch_size(text: str) -> Any:
     return int(text)
 
 
+def parse_compile(text: str) -> Any:
+    from grafting.errors import GraftError
+
+    known = {"on": True, "off": False, "auto": "auto"}
+    if text not in known:
+        raise GraftError(f"--compile {text!r}: expected on, off or auto")
+    return known[text]
+
+
 def open_model(
     source: str,
     *,

@@ -13,11 +13,23 @@ from grafting.cli.common import (
     new_console,
     open_model,
     parse_batch_size,
+    parse_compile,
     parse_dtype,
     show,
     spread,
 )
-from grafting.cli.options import AnySeed, BatchSize, Device, Dtype, Heads, Json, Processes, Seed, Source
+from grafting.cli.options import (
+    AnySeed,
+    BatchSize,
+    Device,
+    Dtype,
+    Heads,
+    Json,
+    Precision,
+    Processes,
+    Seed,
+    Source,
+)
 
 FeatureDtype = Annotated[
     str | None,
@@ -41,14 +53,16 @@ def sample(
     data: Annotated[Path | None, typer.Option(help="Captions for one: a folder of graft synthesize.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels, where the model takes other sizes.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
+    precision: Precision = "fp32",
+    compile_: Annotated[str, typer.Option("--compile", help="on, off, or auto: on CUDA.")] = "auto",
     num_heads: Heads = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
     processes: Processes = 1,
 ) -> None:  # fmt: skip
-    """Draw images; noise and label of image i depend on the seed and i alone."""
+    """Draw images; noise and label of image i depend on the seed and i alone. Given again after a stop, it goes on."""
     from grafting.generation import generate
     from grafting.text_inputs import text_inputs
 
-    at_once = parse_batch_size(batch_size)
+    at_once, compiling = parse_batch_size(batch_size), parse_compile(compile_)
     compute = spread(processes, device)
     console = new_console(quiet=not compute.is_main)
     model = open_model(source, num_heads=num_heads, device=str(compute.device), dtype=dtype)
@@ -57,7 +71,8 @@ def sample(
     )
     generate(
         model, out, num=num, captions=captions, steps=steps, sampler=sampler,
-        guidance=guidance, seed=seed, batch_size=at_once, vae=vae, describe={"model": source},
+        guidance=guidance, seed=seed, batch_size=at_once, precision=precision, compile=compiling, vae=vae,
+        describe={"model": source},
         progress=lambda done, total: console.progress("sample", done, total, "images"),
     )  # fmt: skip
     console.close()
