@@ -15,7 +15,9 @@ CHANGES = {
     "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
     "os.utime", "shutil.rmtree", "shutil.copyfile", "shutil.move", "tempfile.mkstemp", "tempfile.mkdtemp",
 }  # fmt: skip
-PART = re.compile(r"(tempfile.mkstemp|open|os.chmod|os.rename) \.\d{6}\.npy\..*\.tmp")
+PART = re.compile(
+    r"os.mkdir \.(teacher|student)\.parts|(tempfile.mkstemp|open|os.chmod|os.rename) \.\d{6}\.npy\..*\.tmp"
+)
 READING = os.O_RDONLY | os.O_CLOEXEC
 
 
