@@ -25,6 +25,7 @@ from grafting.diffusion import sample
 from grafting.errors import GraftError
 from grafting.evaluation.samples import SampleWriter, protocol_text
 from grafting.families import family_of
+from grafting.families.base import unwrap
 from grafting.families.codec import SD_VAE, decoder
 from grafting.formats.pipeline_folder import pipeline_of
 from grafting.formats.weights import combined_digest, digests, write_bytes
@@ -173,7 +174,7 @@ def _assemble(
 
 def _structure(model: nn.Module) -> dict[str, Any]:
     """What is in no weight: the architecture, and the plan of an edited model."""
-    record = record_of(model)
+    record = record_of(unwrap(model))
     if record is None:
         return {"architecture": family_of(model).architecture(model), "plan": None}
     return {"architecture": record.architecture, "plan": record.plan.to_dict()}
