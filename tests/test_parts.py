@@ -15,17 +15,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_dit
+from pixart_tools import save_tiny_pipeline
 from several import together
 from tiny_runs import tiny_pipeline
 from torch import Tensor, nn
 
-from grafting import GraftPlan, Replace, diffusion, graft, processes
+from grafting import GraftPlan, Replace, diffusion, graft, load_model, processes
 from grafting.analysis import headroom
 from grafting.errors import DataError, PeerError, RunError
 from grafting.evaluation import SampleFile
 from grafting.generation import generate
 from grafting.parts import Parts
 from grafting.runs.lock import FolderLock
+from grafting.text_inputs import text_inputs
 from grafting.training.compute import Compute
 
 NUM, SIZE = 10, 3  # batches of 3, 3, 3 and 1
@@ -300,3 +302,31 @@ def test_the_manifest_says_what_the_batches_are_of(tmp_path: Path) -> None:
                                 "architecture", "plan", "version"}  # fmt: skip
     generate(tiny_dit(), tmp_path / "x.npz", **COMMON)
     assert SampleFile.open(tmp_path / "x.npz").protocol == found["of"]["protocol"]
+
+
+# ---- text to image
+
+
+def test_samples_by_captions_through_a_vae_go_on_too(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = str(save_tiny_pipeline(tmp_path / "pipeline"))
+    (tmp_path / "p.txt").write_text("a red cat\na blue dog\na tree\n")
+    (tmp_path / "q.txt").write_text("a red cat\na blue dog\na house\n")
+
+    def draw(name: str, prompts: str = "p.txt", **changes: Any) -> list[int]:
+        model, captions = text_inputs(load_model(source), source, prompts=tmp_path / prompts)
+        seen = counted(model)
+        generate(
+            model, tmp_path / name / "x.npz", captions=captions, sampler="dpm++", **{**COMMON, **changes}
+        )
+        return seen
+
+    whole_passes = draw("whole")
+    with pytest.raises(KeyboardInterrupt):
+        draw("stopped", progress=stop_at(6))
+    shutil.copytree(tmp_path / "stopped", tmp_path / "other")
+    assert len(draw("stopped")) == len(whole_passes) // 2
+    assert len(draw("other", "q.txt")) == len(whole_passes)
+    assert files(tmp_path / "stopped") == ["x.captions.jsonl", "x.npz", "x.png"]
+    for name in files(tmp_path / "stopped"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
