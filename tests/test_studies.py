@@ -15,7 +15,7 @@ from conftest import tiny_dit
 from study_tools import QUIET, half, settings_of, tiny_study
 
 from grafting import GraftPlan, distill, graft, load_model, save_model
-from grafting.errors import DivergedError, RunError
+from grafting.errors import DivergedError, GraftError, RunError
 from grafting.pipeline import Pipeline
 from grafting.recipes import EXPERIMENTS, load_recipe
 from grafting.recipes.rows import Claim, Row, UnavailableError, row_recipe
@@ -282,6 +282,20 @@ def test_a_folder_with_a_study_needs_resume(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="paper-code"):
         run_study("table4", tmp_path / "new", QUIET, changes=["preset=papers"])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", ["model=nope", "data=nope.npz"])
+def test_a_teacher_or_data_that_is_not_there_is_one_error_before_any_row(
+    world: Path, tmp_path: Path, change: str
+) -> None:
+    study, good = tiny_study(*teacher_rows()[:1], Row("half", "half", half())), settings_of(world)
+    with pytest.raises(GraftError, match="nope"):
+        run_rows(study, tmp_path / "new", QUIET, changes=[*good, change])
+    assert not (tmp_path / "new").exists()
+    rows = (Row("other", "other", {"model": "nope", **half()}), teacher_rows()[0])  # a row's own fails alone
+    with pytest.raises(RunError, match=r"1 of 2 rows .* failed \(other\)"):
+        run_rows(tiny_study(*rows), tmp_path / "own", QUIET, changes=good)
+    assert (tmp_path / "own/rows/teacher/result.json").is_file()
 
 
 def test_several_processes_share_the_rows(world: Path, tmp_path: Path) -> None:

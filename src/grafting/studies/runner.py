@@ -24,6 +24,7 @@ from grafting.report.study import write_study
 from grafting.runs import FolderLock
 from grafting.studies.collect import collect
 from grafting.studies.row_run import Setting, check_row, run_row
+from grafting.studies.sources import check_sources
 from grafting.training.loop import Interrupted
 
 
@@ -47,6 +48,7 @@ def run_rows(
     for other in reuse:
         if not (other / "shared").is_dir():
             raise RunError(f"--reuse {str(other)!r}: no folder of a study (it has no shared/)")
+    check_sources(setting, rows)
     for row in study.rows:  # all, so that the table has one protocol whatever --only names
         with contextlib.suppress(UnavailableError):
             check_row(setting, row)
