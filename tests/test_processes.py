@@ -79,6 +79,43 @@ def test_losses_errors_and_norms_are_those_of_one_process(
         assert_alike(records, alone)
 
 
+def counts_held_out(data: ImageLabelDataset) -> list[int]:
+    """How many samples this process passed through the teacher in each look at the held-out set."""
+    from grafting.training import distillation
+
+    seen: list[int] = []
+    taps, errors = distillation._Stage.taps, distillation._Stage.errors
+
+    def counting(stage: Any, batch: Any, paths: list[str]) -> Any:
+        seen[-1] += len(batch.t)
+        return taps(stage, batch, paths)
+
+    def looking(stage: Any, modules: Any = None) -> dict[str, float]:
+        seen.append(0)
+        found = errors(stage, modules)
+        seen.append(0)  # what follows is no look
+        return found
+
+    distillation._Stage.taps, distillation._Stage.errors = counting, looking  # type: ignore[method-assign]
+    try:
+        teacher = tiny_dit()
+        seen.append(0)
+        distill(graft(teacher, PLAN), teacher, data, {**STAGE_1, "steps": 1, "num_validation": 10})
+    finally:
+        distillation._Stage.taps, distillation._Stage.errors = taps, errors  # type: ignore[method-assign]
+    return seen[1::2]
+
+
+def test_a_held_out_set_of_one_batch_is_shared_out(data: ImageLabelDataset) -> None:
+    one, (first, second) = counts_held_out(data), together(2, counts_held_out, data)
+    assert (set(one), set(first), set(second)) == (
+        {8},
+        {5},
+        {3},
+    )  # eight is a tenth of the data; a share is five
+    assert len(one) == len(first) == len(second)
+
+
 def test_small_parts_add_up_to_the_batch(data: ImageLabelDataset, alone: list[dict[str, float]]) -> None:
     assert_alike(both_stages(data, {stage: {"micro_batch": 3} for stage in ("distill", "finetune")}), alone)
 

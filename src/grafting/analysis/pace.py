@@ -188,9 +188,7 @@ def distill_seconds(
     else:
         passes = visits / config.reuse / processes
     update = params * watch.update(family_of(teacher).sites(teacher)[0], config, False)
-    batches = -(-config.num_validation // config.batch_size)  # processes share them out
-    mine = min(config.num_validation, -(-batches // processes) * config.batch_size)
-    held_out = mine * (config.steps / config.validate_every + 3)
+    held_out = config.num_validation / processes * (config.steps / config.validate_every + 3)
     fit = config.fit_samples if config.fit_readout else 0
     trained = learn * visits / processes + config.steps * update
     return taps * passes + trained + (taps + apply) * (held_out + fit)

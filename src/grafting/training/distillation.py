@@ -279,20 +279,24 @@ class _Stage:
         """Held-out relative error of every operator (the training batch's, if nothing is held out)."""
         modules = operators_by_path or {pupil.path: pupil.operator for pupil in self.pupils}
         batches = self.validation or [self._first()]
-        totals = dict.fromkeys(modules, 0.0)
-        for parts in self.compute.mine(batches):
-            sums = {path: RelativeError() for path in modules}
-            for part in parts:
-                taps = self.taps(part, list(modules))
-                for path, module in modules.items():
-                    tap = taps.pop(path)
-                    with self.compute.autocast():
-                        output = run_on(module, tap)
-                    sums[path].add(output, tap.output)
-            for path, error in sums.items():
-                totals[path] += error.value() / len(batches)
-        total = self.compute.sum(torch.tensor(list(totals.values()), device=self.compute.device))
-        return dict(zip(totals, total.tolist(), strict=True))  # the same on all processes: they rest together
+        sums = {path: [RelativeError() for _ in batches] for path in modules}
+        parts = [(number, part) for number, whole in enumerate(batches) for part in whole]
+        for number, part in self.compute.mine(parts):
+            taps = self.taps(part, list(modules))
+            for path, module in modules.items():
+                tap = taps.pop(path)
+                with self.compute.autocast():
+                    output = run_on(module, tap)
+                sums[path][number].add(output, tap.output)
+        whole = self.compute.sum(
+            torch.stack([torch.stack([error.sums for error in found]) for found in sums.values()]).to(
+                self.compute.device
+            )
+        )  # [operators, batches, 2], the same on all processes: they rest together
+        values = (whole[..., 0] / whole[..., 1].clamp(min=1e-12)).tolist()
+        return {
+            path: sum(v / len(batches) for v in found) for path, found in zip(modules, values, strict=True)
+        }
 
     def _first(self) -> list[Batch]:
         """The first training batch, in parts."""

@@ -90,17 +90,16 @@ def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: 
 
 
 class RelativeError:
-    """Mean absolute error over mean absolute target, part by part: scale-free, so that layers can be compared."""
+    """Sums of the absolute error and the absolute target, part by part; their ratio is the relative error.
+
+    Scale-free, so that layers can be compared. `sums` [2]: of both, per element, over the samples taken in.
+    """
 
     def __init__(self) -> None:
-        self.error, self.size = torch.zeros(()), torch.zeros(())
+        self.sums = torch.zeros(2)
 
     def add(self, output: Tensor, target: Tensor) -> None:
         """Take in a part of the samples."""
         output, target = output.float(), target.float()
-        self.error = self.error.to(target.device) + len(target) * (output - target).abs().mean()
-        self.size = self.size.to(target.device) + len(target) * target.abs().mean()
-
-    def value(self) -> float:
-        """The error of all parts together."""
-        return (self.error / self.size.clamp(min=1e-12)).item()
+        both = torch.stack([(output - target).abs().mean(), target.abs().mean()])
+        self.sums = self.sums.to(target.device) + len(target) * both

@@ -64,8 +64,12 @@ def start_pupils(
         if config.fit_readout:
             # A merge is fitted to branches that hold their fitted operators.
             found["fitted"] = {}
+            copied = found["copied"]
             for modules in (replaced, groups):
-                found["fitted"] |= _fit_where_better(modules, errors, calibration, config.fit_ridge, device)
+                found["fitted"] |= _fit_where_better(
+                    modules, copied, errors, calibration, config.fit_ridge, device
+                )
+                copied = errors(groups) if groups else {}
     return found
 
 
@@ -102,6 +106,7 @@ def in_turns(modules: Mapping[str, nn.Module]) -> list[dict[str, Operator | Bloc
 
 def _fit_where_better(
     modules: Mapping[str, nn.Module],
+    copied: Mapping[str, float],
     errors: Errors,
     calibration: Calibration,
     ridge: float,
@@ -110,7 +115,6 @@ def _fit_where_better(
     """Fit the readouts; one whose held-out error grew goes back to the copy (a wider MLP is exact as copied)."""
     if not modules:
         return {}
-    copied = errors(modules)
     before = {path: copy.deepcopy(module.state_dict()) for path, module in modules.items()}
     for some in in_turns(modules):
         fits = {path: ReadoutFit(module, device) for path, module in some.items()}
