@@ -166,6 +166,8 @@ def bad_inputs() -> list[tuple[str, list[str], str]]:
         ("sample where a file is", [*sample, "{w}/plan.yaml/x.npz"], "plan.yaml"),
         ("sample to no npz", [*sample, "{o}/x.png"], "npz"),
         ("sampler", [*sample, "{o}/x.npz", "--sampler", "euler"], "euler"),
+        ("labels", [*sample, "{o}/x.npz", "--labels", "3,10"], "no class 10"),
+        ("labels of no form", [*sample, "{o}/x.npz", "--labels", "cat"], "--labels 'cat'"),
         ("guidance", [*sample, "{o}/x.npz", "--guidance", "nan"], "guidance"),
         ("run where a file is", ["run", "{w}/tiny.yaml", "--out", "{w}/plan.yaml/x"], "can't write"),
         ("run on a file", ["run", "{w}/tiny.yaml", "--out", "{w}/plan.yaml"], "plan.yaml"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import grafting
 from grafting import draws
+from grafting.class_labels import check_labels, name_labels
 from grafting.conditioning import move
 from grafting.data.text import CaptionSource
 from grafting.diffusion import sample
@@ -52,16 +53,17 @@ def generate(
     compile: bool | Literal["auto"] = "auto",
     vae: str | None = None,
     captions: CaptionSource | None = None,
+    labels: Sequence[int] | np.ndarray | Tensor | None = None,
     describe: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Draw `num` images of a model and write them to `path` (.npz), with a sheet of the first, `<path>.png`, beside it.
 
-    The label of image i is i modulo the number of classes; with `captions`, which a model that is not class-conditional
-    needs, modulo their number (or the class of that caption, where captions have one), and their texts are written
-    beside (`<path>.captions.jsonl`). Of several processes each
-    draws some of the batches and the first makes the file. Finished batches are kept in a folder beside it (`parts`)
-    until it is whole: the same call after a stop draws the others only.
+    The label of image i is `labels[i]`, or i modulo the number of classes; with `captions`, which a model that is not
+    class-conditional needs, modulo their number (or the class of that caption, where captions have one), and their
+    texts are written beside (`<path>.captions.jsonl`). Of several processes each draws some of the batches and the
+    first makes the file. Finished batches are kept in a folder beside it (`parts`) until it is whole: the same call
+    after a stop draws the others only.
     `describe` is added to the protocol (model, plan).
     batch_size: "auto" draws as many at once as the memory of the device takes, and halves that where it does not.
     Raises GraftError.
@@ -89,8 +91,14 @@ def generate(
     shape = family.sample_shape(model)
     numbers = np.arange(num) % kinds
     classes_of = texts.labels if texts is not None else None
+    if labels is not None and classes is None:
+        raise GraftError(
+            "labels are for models of classes; this one is conditioned on captions: leave them out"
+        )
+    if labels is not None:
+        numbers = check_labels(labels, num, classes)
     labels = numbers if classes_of is None else np.asarray(classes_of)[numbers]
-    named = f"i mod {kinds}" if classes_of is None else f"class of caption i mod {kinds}"
+    named = name_labels(labels, kinds) if classes_of is None else f"class of caption i mod {kinds}"
     protocol = {
         "num_samples": num, "steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed,
         "labels": named, "precision": compute.precision, **(describe or {}),
@@ -122,7 +130,7 @@ def generate(
         if texts is not None:
             condition = move(texts.conditions(index % kinds), device)
         else:
-            condition = index.to(device) % kinds
+            condition = torch.from_numpy(numbers)[index].to(device)
         index = index.to(device)
         noise = draws.normal(seed, "sample/start", index, shape)
         with compute.autocast():

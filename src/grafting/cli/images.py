@@ -51,6 +51,9 @@ def sample(
     vae: Annotated[str | None, typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="For text to image: a file, or emoji-held-out.")] = None,
     data: Annotated[Path | None, typer.Option(help="Captions for one: a folder of graft synthesize.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes: 3,5,7 (repeated), or a .npy, .npz, .txt file with one an image.")
+    ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels, where the model takes other sizes.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
     precision: Precision = "fp32",
@@ -59,18 +62,20 @@ def sample(
     processes: Processes = 1,
 ) -> None:  # fmt: skip
     """Draw images; noise and label of image i depend on the seed and i alone. Given again after a stop, it goes on."""
+    from grafting.class_labels import read_labels
     from grafting.generation import generate
     from grafting.text_inputs import text_inputs
 
     at_once, compiling = parse_batch_size(batch_size), parse_compile(compile_)
     compute = spread(processes, device)
+    chosen = read_labels(labels, num) if labels is not None else None
     console = new_console(quiet=not compute.is_main)
     model = open_model(source, num_heads=num_heads, device=str(compute.device), dtype=dtype)
     model, captions = text_inputs(
         model, source, prompts=prompts, data=data, size=(height, width), limit=num, dtype=parse_dtype(dtype)
     )
     generate(
-        model, out, num=num, captions=captions, steps=steps, sampler=sampler,
+        model, out, num=num, captions=captions, labels=chosen, steps=steps, sampler=sampler,
         guidance=guidance, seed=seed, batch_size=at_once, precision=precision, compile=compiling, vae=vae,
         describe={"model": source},
         progress=lambda done, total: console.progress("sample", done, total, "images"),
