@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -15,6 +15,15 @@ from grafting.training.config import Count, DistillConfig, FinetuneConfig, Posit
 
 # A folder's name that no file of a run has.
 _FOLDER = re.compile(r"(?!(?:graft|stage-1|samples|checkpoints|cache)$)[A-Za-z0-9][A-Za-z0-9_-]*")
+
+# Of a recipe: what changes a result by rounding at most, or only what is recorded and allowed on the way. A run goes on
+# though they have changed.
+_OF_BOTH_STAGES = ("micro_batch", "compile", "checkpoint_every", "keep_checkpoints", "log_every")
+FREE_KEYS = {
+    "about", "trackers", "distill.cache_limit_gb", "finetune.shard", "finetune.gradient_checkpointing",
+    "finetune.preview_every", "finetune.preview_samples", "sample.batch_size", "sample.compile",
+    *(f"{stage}.{key}" for stage in ("distill", "finetune") for key in _OF_BOTH_STAGES),
+}  # fmt: skip
 
 
 class SynthesizeConfig(Settings):
@@ -159,6 +168,16 @@ def upgraded(recipe: Mapping[str, Any], version: int) -> dict[str, Any]:
             stage["seed"] = None
         found[name] = kind().model_dump(mode="json") | stage
     return found
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """The keys in which two resolved recipes differ, those of nested mappings with dots: `finetune.lr`."""
+    for key in {**one, **other}:
+        mine, theirs = one.get(key), other.get(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            yield from differences(mine, theirs, f"{within}{key}.")
+        elif mine != theirs:
+            yield f"{within}{key}"
 
 
 def _starting_at_random(entry: Any) -> Any:

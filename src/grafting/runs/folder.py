@@ -25,7 +25,7 @@ from grafting.errors import CheckpointError, GraftError, RunError
 from grafting.evaluation.samples import to_uint8
 from grafting.formats import weights
 from grafting.formats.graft_folder import is_graft_folder, load_graft, save_graft
-from grafting.recipes.settings import upgraded
+from grafting.recipes.settings import FREE_KEYS, differences, upgraded
 from grafting.runs import checkpoints
 from grafting.runs.lock import NAME as LOCK
 from grafting.runs.lock import FolderLock
@@ -38,7 +38,6 @@ from grafting.yaml_io import dump_yaml, load_yaml
 
 VERSION = 2  # 1: a stage's seed of 0 was the run's
 CACHE = "cache"  # stored activations of stage 1, while it runs
-_FREE_KEYS = {"about", "trackers"}  # of a recipe: a run goes on though they have changed
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -95,8 +94,7 @@ class RunFolder:
             raise RunError(f"{where!r} already holds a run; {remedy}, or give another --out")
         else:
             existing, recipe = self.recipe(), upgraded(recipe, VERSION)
-            keys = {*existing, *recipe} - _FREE_KEYS
-            differing = sorted(k for k in keys if existing.get(k) != recipe.get(k))
+            differing = sorted(set(differences(existing, recipe)) - FREE_KEYS)
             if differing:
                 raise RunError(
                     f"{where!r} holds a run of another recipe (different: {', '.join(differing)}); "
