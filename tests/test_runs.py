@@ -370,3 +370,26 @@ def test_every_gpu_is_named_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert environment()["gpu"] == "2 x A, B"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "gpu" not in environment()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+)  # fmt: skip
+def test_a_lack_of_memory_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    pipeline = tiny_pipeline(tmp_path)
+
+    def short(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("grafting.pipeline.finetune", short)
+    with pytest.raises(RunError, match=r"finetune: out of memory .*finetune\.micro_batch.*--resume"):
+        pipeline.finetune()
+    monkeypatch.setattr(
+        "grafting.pipeline.finetune", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("other"))
+    )
+    with pytest.raises(RuntimeError, match="other"):
+        pipeline.finetune()

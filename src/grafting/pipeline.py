@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from grafting.analysis.estimate import meta_copy
-from grafting.analysis.memory import StagePeak, gigabytes
+from grafting.analysis.memory import StagePeak, explained_shortage, gigabytes
 from grafting.console import Console
 from grafting.data import DataSource, load_dataset
 from grafting.data.packaged_captions import check_prompts
@@ -243,7 +243,7 @@ class Pipeline:
             self.run.bind("data", self.data.name, self.data.content_hash)
             student = self.student(share=self._leaves_the_rest(stage))
             expected, peak = self._expect(stage), StagePeak(self.compute.device)
-            with self.run.stoppable():
+            with self.run.stoppable(), explained_shortage(stage):
                 result = work(student).to_dict()
             found = peak.bytes()
             result["memory"] = {"estimated_bytes": expected, "peak_bytes": found, "source": peak.source}
