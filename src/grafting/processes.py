@@ -154,20 +154,18 @@ def meet() -> None:
         return
     notes, where = joined
     number, pause = next(_group().meetings), 0.01
+    names = [f"met/{number}/{rank}" for rank in range(where.world)]
     try:
-        notes.set(f"met/{number}/{where.rank}", "1")
-        names = [f"met/{number}/{rank}" for rank in range(where.world)]
+        notes.set(names[where.rank], "1")
         while not notes.check(names):
-            away = [r for r in range(where.world) if not notes.check([f"met/{number}/{r}"])]
-            left = any(notes.check([f"left/{rank}"]) for rank in away)
-            if orphaned() or left or _why(notes, where, patience=0) is not None:
+            check_others()
+            if any(notes.check([f"left/{r}"]) and not notes.check([names[r]]) for r in range(where.world)):
                 raise PeerError("another process of this run has ended; --resume goes on from what is there")
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
-    except RuntimeError as error:  # whoever kept the notes is gone
+    except RuntimeError:  # whoever kept the notes is gone
         raise PeerError(
-            f"another process of this run has ended ({str(error).splitlines()[0][:120]}); --resume goes on from what "
-            "is there"
+            "another process of this run has ended; --resume goes on from what is there"
         ) from None
 
 

@@ -148,6 +148,7 @@ def explained_shortage(stage: str) -> Iterator[None]:
     """
     try:
         yield
+        return
     except (RuntimeError, MemoryError) as error:
         short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
             error
