@@ -216,7 +216,7 @@ def test_float16_captions_are_sampled_under_autocast(tiny: Path) -> None:
 
 
 def test_samples_by_packaged_captions_have_the_groups_as_labels(tiny: Path, tmp_path: Path) -> None:
-    model, captions = text_inputs(load_model(tiny), str(tiny), prompts="emoji-held-out")
+    model, captions = text_inputs(load_model(tiny), prompts="emoji-held-out")
     assert captions is not None
     generate(model, tmp_path / "s.npz", num=11, steps=1, captions=captions)
     file = SampleFile.open(tmp_path / "s.npz")

@@ -27,8 +27,7 @@ from grafting.errors import GraftError
 from grafting.evaluation.samples import SampleWriter, protocol_text
 from grafting.families import family_of
 from grafting.families.base import unwrap
-from grafting.families.codec import SD_VAE, decoder
-from grafting.formats.pipeline_folder import pipeline_of
+from grafting.families.codec import decoder, own_vae
 from grafting.formats.weights import combined_digest, digests, write_bytes
 from grafting.parts import Parts
 from grafting.surgery import record_of
@@ -190,7 +189,7 @@ def _structure(model: nn.Module) -> dict[str, Any]:
 
 def _vae_name(model: nn.Module, vae: str | None) -> str:
     """Which VAE decodes: a folder by its whole path, or a hub id."""
-    name = str(pipeline_of(model) or SD_VAE) if vae is None else vae
+    name = own_vae(model) if vae is None else vae
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 

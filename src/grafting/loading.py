@@ -17,7 +17,7 @@ from grafting.formats import diffusers_folder, dit_states, weights
 from grafting.formats.graft_folder import is_graft_folder, load_graft, load_saved_model
 from grafting.formats.published import load_published
 from grafting.models.dit import DiT
-from grafting.surgery import record_of, set_source
+from grafting.surgery import record_of, set_pipeline, set_source
 
 PACKAGED = ("dit-fashion", "pixart-emoji")
 # Of a pipeline only the transformer is wanted; of a graft or a saved model, everything it has.
@@ -34,7 +34,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def load_model(
     source: str | Path, *, num_heads: int | None = None, device: str | torch.device = "cpu",
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None, pipeline: str | Path | None = None,
 ) -> nn.Module:  # fmt: skip
     """Load a model, in evaluation mode.
 
@@ -43,7 +43,8 @@ def load_model(
     id of such; or `arch:DiT-XL/2`, `arch:PixArt-Sigma-2K` for random weights, the same at every call.
     num_heads: needed for a bare file of a width that no published size has.
     device: also "meta", for `arch:` only. dtype: of floating point, or its name; default float32, or what a graft was
-    saved in.
+    saved in. pipeline: folder or hub id of the text encoder and VAE of a transformer that stands alone; remembered with
+    the model and with grafts of it.
     Raises CheckpointError or GraftError that names the source and what to do.
     """
     source = str(source)
@@ -64,6 +65,8 @@ def load_model(
         raise CheckpointError(f"{source!r} has {heads} heads, not num_heads={num_heads}; leave num_heads out")
     if record_of(model) is None:
         set_source(model, source if not Path(source).exists() else str(Path(source).resolve()))
+    if pipeline is not None:
+        set_pipeline(model, str(pipeline))
     model = model.to(device).eval()
     return weights.cast(model, dtype) if dtype else model
 

@@ -18,7 +18,6 @@ from grafting.analysis.estimate import meta_copy
 from grafting.analysis.memory import StagePeak, explained_shortage, gigabytes
 from grafting.console import Console
 from grafting.data import DataSource, load_dataset
-from grafting.data.packaged_captions import check_prompts
 from grafting.data.text import CaptionDataset, CaptionSource
 from grafting.errors import RunError
 from grafting.evaluation import compare, evaluate
@@ -38,7 +37,7 @@ from grafting.runs.trackers import check_trackers
 from grafting.surgery import explain, graft, record_of
 from grafting.synthesis import Synthesis
 from grafting.synthesis import synthesize as make_pairs
-from grafting.text_inputs import text_inputs
+from grafting.text_inputs import check_prompts, text_inputs
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig, seeded, settings
 from grafting.training.distillation import distill
@@ -70,11 +69,9 @@ class Pipeline:
         """The recipe's model, loaded once."""
         if self._teacher is None:
             teacher = load_model(
-                self.recipe.model,
-                num_heads=self.recipe.num_heads,
-                device=self.device,
-                dtype=getattr(torch, self.recipe.dtype) if self.recipe.dtype else None,
-            )
+                self.recipe.model, num_heads=self.recipe.num_heads, device=self.device, dtype=self._dtype,
+                pipeline=self.recipe.pipeline,
+            )  # fmt: skip
             if family_of(teacher).num_classes(teacher) is None and self.recipe.synthesize is None:
                 # it takes the size of the data
                 teacher = family_of(teacher).resized(teacher, *self.data.shape[1:])
@@ -82,15 +79,17 @@ class Pipeline:
         return self._teacher
 
     @property
+    def _dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.recipe.dtype) if self.recipe.dtype else None
+
+    @property
     def captions(self) -> CaptionSource | None:
         """What a model that is conditioned on captions is sampled by: the recipe's prompts, or those of the data."""
-        if self.recipe.sample.prompts is not None:
+        config = self.recipe.sample
+        if config.prompts is not None:
             return text_inputs(
-                self.teacher,
-                self.recipe.model,
-                prompts=self.recipe.sample.prompts,
-                limit=self.recipe.sample.num,
-            )[1]
+                self.teacher, prompts=config.prompts, limit=config.num, dtype=self._dtype, truncate=config.truncate
+            )[1]  # fmt: skip
         return self.data if isinstance(self.data, CaptionDataset) else None
 
     @property
@@ -112,7 +111,8 @@ class Pipeline:
         """
         explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
         if self.recipe.synthesize is not None:
-            check_prompts(self.recipe.synthesize.prompts)
+            made = self.recipe.synthesize
+            check_prompts(self.teacher, made.prompts, limit=made.num, truncate=made.truncate)
         elif self.recipe.distill is not None or self.recipe.finetune is not None:
             from grafting.training.loop import Batches
 
@@ -122,16 +122,17 @@ class Pipeline:
             )  # fmt: skip
             check_latents(self.data, self.recipe.sample.vae)
         check_trackers(self.recipe.trackers)
-        if self.recipe.sample.prompts is not None:
+        drawn = self.recipe.sample
+        if drawn.prompts is not None:
             if family_of(self.teacher).num_classes(self.teacher) is not None:
                 raise RunError(
                     "sample.prompts is for text-to-image models; this one takes class labels: leave it out"
                 )
-            check_prompts(self.recipe.sample.prompts)
+            check_prompts(self.teacher, drawn.prompts, limit=drawn.num, truncate=drawn.truncate)
         self.check_evaluation()
-        if to_the_end and self.compute.is_main:
-            shape = image_shape(self.teacher, self.recipe.sample.vae)
-            if (config := self.recipe.evaluate) is not None:
+        if to_the_end:  # by every process: what it fetches from the hub can outlast a collective's patience
+            shape = image_shape(self.teacher, drawn.vae)
+            if self.compute.is_main and (config := self.recipe.evaluate) is not None:
                 check_measures(config.reference, config.features, shape)
         self._checked = self._checked or to_the_end
 
@@ -173,7 +174,7 @@ class Pipeline:
         with self.run.writing("synthesize"):
             make_pairs(
                 self.recipe.model, config.prompts, self.run.path / self.recipe.data, job, resume=True,
-                compute=make_compute(self.compute.device, config.precision),
+                compute=make_compute(self.compute.device, config.precision), pipeline=self.recipe.pipeline,
                 progress=lambda what, done, total: self.run.progress("synthesize", done, total, what),
             )  # fmt: skip
             result = {"seconds": time.perf_counter() - started, **config.model_dump(mode="json")}
@@ -305,7 +306,7 @@ class Pipeline:
                     continue  # drawn by an earlier attempt or row: files appear whole or not at all
                 generate(
                     model, self.run.path / "samples" / f"{who}.npz", seed=noise, captions=captions,
-                    **config.model_dump(exclude={"prompts"}), describe={"model": who},
+                    **config.model_dump(exclude={"prompts", "truncate"}), describe={"model": who},
                     progress=lambda done, total, who=who, before=number: self.run.progress(  # type: ignore[misc]
                         "sample", before * total + done, len(models) * total, f"images, now of the {who}"
                     ),
@@ -327,12 +328,8 @@ class Pipeline:
         with self.run.writing("evaluate"):
             for who in ("teacher", "student"):
                 self.run.console.say(f"evaluating {who}")
-                found[who] = evaluate(
-                    self.run.path / "samples" / f"{who}.npz",
-                    reference,
-                    config.features,
-                    device=self.device,
-                )
+                file = self.run.path / "samples" / f"{who}.npz"
+                found[who] = evaluate(file, reference, config.features, device=self.device)
             found["comparison"] = compare(found["teacher"], found["student"])
             weights.write_json(self.run.path / "evaluation.json", found)
             self.run.finish("evaluate", found["comparison"])

@@ -14,9 +14,11 @@ from torch import nn
 
 from grafting.card import model_card, write_samples
 from grafting.errors import CheckpointError, GraftError
+from grafting.families import family_of
 from grafting.formats import weights
+from grafting.formats.diffusers_folder import variant_of
 from grafting.formats.graft_folder import MANIFEST, is_graft_folder, save_graft
-from grafting.formats.pipeline_folder import INDEX, find_pipeline, read_index
+from grafting.formats.pipeline_folder import INDEX, find_pipeline, fitting_class, home_of, read_index
 from grafting.lora import merge_lora
 from grafting.surgery import record_of, set_record
 
@@ -27,8 +29,9 @@ def load_pipeline(
 ) -> Any:  # fmt: skip
     """diffusers' pipeline with the edited transformer of a graft, run or `save_pipeline` folder.
 
-    base: the pipeline that was edited, for its tokenizer, text encoder, VAE and scheduler; default: the graft's own.
-    A pipeline that was not edited loads too. Raises CheckpointError.
+    base: the pipeline whose tokenizer, text encoder, VAE and scheduler are taken; default: the graft's own. A pipeline
+    that was not edited loads too, and a transformer alone with `base`. The class is the one that fits the transformer,
+    whatever the pipeline's index says. Raises CheckpointError.
     """
     import diffusers
 
@@ -37,11 +40,14 @@ def load_pipeline(
     home = find_pipeline(base or folder)
     index = read_index(home)
     transformer = load_model(folder, device=device, dtype=dtype).eval()
-    given = {"torch_dtype": dtype} if dtype else {}
+    given: dict[str, Any] = {"torch_dtype": dtype} if dtype else {}
+    if "fp16" in map(variant_of, (home / "text_encoder", home / "vae")):  # plain weights are there or not
+        given |= {"variant": "fp16", "torch_dtype": dtype or torch.float32}
+    kind = fitting_class(index["_class_name"], family_of(transformer).architecture(transformer))
     try:
         with warnings.catch_warnings():  # newer versions want `dtype`, older ones don't know it
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            pipeline: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
+            pipeline: Any = getattr(diffusers, kind).from_pretrained(
                 str(home), transformer=transformer, **given
             )
     except Exception as error:
@@ -51,33 +57,36 @@ def load_pipeline(
 
 
 def save_pipeline(
-    model: nn.Module, folder: str | Path, *, merge: bool = False, run: str | Path | None = None
+    model: nn.Module, folder: str | Path, *, merge: bool = False, run: str | Path | None = None,
+    pipeline: str | Path | None = None,
 ) -> None:  # fmt: skip
     """Write a whole pipeline with this edited transformer, which needs no base; `load_pipeline` opens it.
 
     The transformer's folder holds a graft and no config.json, so that diffusers' own loaders refuse it instead of
     filling what they don't know with garbage. merge: add LoRA adapters into the weights first. run: the run folder that
-    the model came from: the model card then has its protocol, costs and samples.
-    Raises CheckpointError.
+    the model came from: the model card then has its protocol, costs and samples. pipeline: where the rest of the
+    pipeline is; default: where the model was told of, or came from. Raises CheckpointError.
     """
     record, folder = record_of(model), Path(folder)
-    if record is None or not record.source:
+    if record is None or not (record.source or record.pipeline or pipeline):
         raise CheckpointError(
             "only an edited model that came from a pipeline can be saved as one; use save_model"
         )
-    home = find_pipeline(record.source)
+    home = find_pipeline(pipeline) if pipeline else home_of(model)
+    index = read_index(home)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{str(folder)!r} is not an empty folder; give another place")
     alone = copy.copy(merge_lora(model) if merge else model)
     hub_id = (
-        None if Path(record.source).exists() else record.source
+        None if not record.source or Path(record.source).exists() else record.source
     )  # a folder of this machine is nobody else's
-    set_record(alone, dataclasses.replace(record, base_digests={}, source=hub_id))
+    set_record(alone, dataclasses.replace(record, base_digests={}, source=hub_id, pipeline=None))
     save_graft(alone, folder / "transformer")
     for part in sorted(home.iterdir()):
         if part.is_dir() and part.name != "transformer" and not part.name.startswith("."):
             shutil.copytree(part, folder / part.name)
-    weights.write_json(folder / INDEX, {**read_index(home), "_opened_by": "grafting.load_pipeline"})
+    index["_class_name"] = fitting_class(index["_class_name"], record.architecture)
+    weights.write_json(folder / INDEX, {**index, "_opened_by": "grafting.load_pipeline"})
     if run is not None:
         write_samples(Path(run), folder)
     weights.write_bytes(folder / "README.md", model_card(folder, run).encode())
@@ -97,11 +106,13 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, api: An
             "(--format pipeline, or --format graft)"
         )
     if is_graft_folder(folder):
-        base = weights.read_json(folder / MANIFEST, "graft").get("base")
-        if isinstance(base, dict) and Path(base.get("source") or "/").is_absolute():
+        manifest = weights.read_json(folder / MANIFEST, "graft")
+        base, rest = manifest.get("base"), manifest.get("pipeline")
+        needed = [base.get("source") or "/"] if isinstance(base, dict) else []
+        if any(Path(where).is_absolute() for where in [*needed, *([rest] if isinstance(rest, str) else [])]):
             raise GraftError(
-                f"the graft {str(folder)!r} needs its base, which is a local folder; upload the whole instead "
-                "(graft export --format pipeline), or graft the model by its hub id"
+                f"the graft {str(folder)!r} needs its base, which is a local folder, or its pipeline is one; upload "
+                "the whole instead (graft export --format pipeline), or graft the model by its hub id"
             )
     if not (folder / "README.md").is_file():
         weights.write_bytes(folder / "README.md", model_card(folder).encode())

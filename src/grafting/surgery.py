@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, replace
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from grafting.selectors import Locality
 
 _RECORD = "graft_record"
 _SOURCE = "graft_source"
+_PIPELINE = "graft_pipeline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class GraftRecord:
     source: str | None  # what load_model was given for the base, if it came from there
     architecture: dict[str, Any]  # of the base, see Family.build
     base_digests: dict[str, str] = field(repr=False)  # of the base's tensors; empty on the meta device
+    pipeline: str | None = None  # where the rest of the base's pipeline is, if not at `source`
 
     @property
     def base_hash(self) -> str | None:
@@ -73,6 +76,21 @@ def source_of(model: nn.Module) -> str | None:
 def set_source(model: nn.Module, source: str) -> None:
     """Remember where a model came from (for loaders)."""
     object.__setattr__(model, _SOURCE, source)
+
+
+def pipeline_source(model: nn.Module) -> str | None:
+    """Folder or hub id of the rest of a transformer's pipeline, where `load_model` or a graft was told of one."""
+    record = record_of(model)
+    return record.pipeline if record else getattr(model, _PIPELINE, None)
+
+
+def set_pipeline(model: nn.Module, pipeline: str) -> None:
+    """Remember where the rest of a transformer's pipeline is; grafts of the model remember it, too."""
+    where = str(Path(pipeline).resolve()) if Path(pipeline).exists() else str(pipeline)
+    if (record := record_of(model)) is not None:
+        set_record(model, replace(record, pipeline=where))
+    else:
+        object.__setattr__(model, _PIPELINE, where)
 
 
 def operator_name(module: nn.Module) -> str:
@@ -200,6 +218,7 @@ def graft(
         source=earlier.source if earlier else source_of(model),
         architecture=family.architecture(model),
         base_digests=earlier.base_digests if earlier else digests(model),
+        pipeline=pipeline_source(model),
     )
     student = _carried_out(model, resolved, edits, seed, share)
     set_record(student, record)

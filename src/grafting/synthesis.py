@@ -29,7 +29,12 @@ from grafting.diffusion import NUM_TIMESTEPS, sample
 from grafting.errors import DataError, GraftError, RunError
 from grafting.families import family_of
 from grafting.formats import weights
-from grafting.formats.pipeline_folder import check_schedule, check_size, find_pipeline
+from grafting.formats.pipeline_folder import (
+    check_schedule,
+    check_size,
+    find_pipeline,
+    transformer_config,
+)
 from grafting.loading import load_model
 from grafting.text_inputs import at_size
 from grafting.training.compute import Compute
@@ -68,12 +73,14 @@ class Synthesis:
 def synthesize(
     source: str, prompts: str | Path, out: str | Path, settings: Synthesis, *, compute: Compute,
     dtype: torch.dtype | None = None, resume: bool = False, progress: Progress | None = None,
+    pipeline: str | None = None,
 ) -> Path:  # fmt: skip
     """Make `settings.num` pairs of the pipeline `source` (folder, hub id, or a graft of one) in the folder `out`.
 
     Prompt i is line i of the file, from the start again where there are fewer; captions of a packaged name
-    (`emoji-train`) need no text encoder, and `source` then no pipeline: `pixart-emoji` has none. `resume` goes on where
-    a run with the same arguments stopped. Returns the quality page. Raises GraftError that says what to do.
+    (`emoji-train`) need no text encoder, and `source` then no pipeline: `pixart-emoji` has none. pipeline: where the
+    rest of the pipeline is, for a `source` that is a transformer alone. `resume` goes on where a run with the same
+    arguments stopped. Returns the quality page. Raises GraftError that says what to do.
     """
     out, folder = Path(out), None
     encoded = PackagedCaptions(str(prompts)) if is_packaged(prompts) else None
@@ -85,12 +92,22 @@ def synthesize(
             )
         found = [Prompt(number, text) for number, text in enumerate(encoded.captions, 1)]
     else:
-        folder, found = find_pipeline(source), read_prompts(prompts)
+        folder, found = find_pipeline(pipeline or source), read_prompts(prompts)
         check_schedule(folder)
         check_size(folder, settings.height, settings.width)  # before captions are encoded
     chosen = [found[i % len(found)] for i in range(settings.num)]
     job = _Job(
-        source, folder, chosen, str(prompts), out, settings, compute, dtype, progress or _silent, encoded
+        source,
+        folder,
+        chosen,
+        str(prompts),
+        out,
+        settings,
+        compute,
+        dtype,
+        progress or _silent,
+        encoded,
+        pipeline,
     )
     job.begin(resume)
     job.encode()
@@ -106,9 +123,10 @@ class _Job:
     def __init__(
         self, source: str, folder: Path | None, prompts: list[Prompt], file: str, out: Path, settings: Synthesis,
         compute: Compute, dtype: torch.dtype | None, progress: Progress, encoded: PackagedCaptions | None,
+        pipeline: str | None,
     ) -> None:  # fmt: skip
         self.source, self.folder, self.prompts, self.file, self.out = source, folder, prompts, file, out
-        self.encoded = encoded
+        self.encoded, self.pipeline = encoded, pipeline
         self.settings, self.compute, self.dtype, self.progress = settings, compute, dtype, progress
         self.num_shards = -(-len(prompts) // settings.shard_size)
         self.mine = list(range(compute.rank, self.num_shards, compute.world))
@@ -150,7 +168,8 @@ class _Job:
     def protocol(self) -> dict[str, Any]:
         texts = "\n".join(prompt.text for prompt in self.prompts)
         return {
-            "model": self.source, "sampler": "dpm++", **asdict(self.settings),
+            "model": self.source, **({"pipeline": self.pipeline} if self.pipeline else {}), "sampler": "dpm++",
+            **asdict(self.settings),
             "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
             "precision": self.compute.precision, "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         }  # fmt: skip
@@ -173,8 +192,9 @@ class _Job:
             self.copy_encoded(missing, null)
             return
         encoder = TextEncoder(
-            self.folder, device=self.compute.device, dtype=self.dtype, max_tokens=self.settings.max_tokens
-        )
+            self.folder, transformer_config(self.source), device=self.compute.device, dtype=self.dtype,
+            max_tokens=self.settings.max_tokens,
+        )  # fmt: skip
         if not self.settings.truncate:
             encoder.check_lengths(self.prompts, self.file)
         for done, shard in enumerate(missing):
@@ -219,14 +239,15 @@ class _Job:
 
     def load(self) -> nn.Module:
         """The model, for latents of the size asked for."""
-        model = load_model(self.source, device=self.compute.device, dtype=self.dtype).eval()
+        model = load_model(
+            self.source, device=self.compute.device, dtype=self.dtype, pipeline=self.pipeline
+        ).eval()
         if self.encoded is not None:
             family = family_of(model)
             family.check_data(
                 model, self.encoded.name, family.sample_shape(model), 0, self.encoded.caption_width
             )
-        where = str(self.folder) if self.folder else self.source
-        return at_size(model, where, (self.settings.height, self.settings.width))
+        return at_size(model, (self.settings.height, self.settings.width))
 
     def sample(self, model: nn.Module) -> None:
         """Sample the latents of this process's shards that are not there yet."""

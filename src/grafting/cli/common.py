@@ -84,6 +84,7 @@ def open_model(
     device: str = "cpu",
     dtype: str | None = None,
     meta: bool = False,
+    pipeline: str | None = None,
 ) -> nn.Module:
     """A model for a command; `meta`: without weights where it has none to lose."""
     from grafting.loading import load_model
@@ -93,6 +94,7 @@ def open_model(
         num_heads=num_heads,
         device="meta" if meta and source.startswith("arch:") else device,
         dtype=parse_dtype(dtype),
+        pipeline=pipeline,
     )
 
 

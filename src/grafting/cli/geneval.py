@@ -9,7 +9,7 @@ import typer
 
 from grafting.cli.app import app
 from grafting.cli.common import new_console, parse_dtype, show, spread
-from grafting.cli.options import Device, Dtype, Json, Processes, Seed
+from grafting.cli.options import Device, Dtype, Json, Processes, Rest, Seed
 
 group = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +30,7 @@ def export(
     height: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
-    processes: Processes = 1, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
+    pipeline: Rest = None, processes: Processes = 1, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Write images in the layout that the public evaluator reads; goes on where it was stopped."""
     from grafting.evaluation.geneval import export_images, fetch_prompts, prompt_sampler, read_prompts
@@ -41,12 +41,13 @@ def export(
         fetch_prompts(fetched)
     compute.wait()
     chosen = read_prompts(prompts or fetched)
-    pipeline = load_pipeline(model, device=compute.device, dtype=parse_dtype(dtype))
-    pipeline.set_progress_bar_config(disable=True)
-    draw = prompt_sampler(pipeline, steps=steps, guidance=guidance, height=height, width=width)
+    loaded = load_pipeline(model, pipeline, device=compute.device, dtype=parse_dtype(dtype))
+    loaded.set_progress_bar_config(disable=True)
+    draw = prompt_sampler(loaded, steps=steps, guidance=guidance, height=height, width=width)
     console = new_console(quiet=not compute.is_main)
     described: dict[str, Any] = {
         "model": model, "steps": steps, "guidance": guidance, "height": height, "width": width, "dtype": dtype,
+        **({"pipeline": pipeline} if pipeline else {}),
     }  # fmt: skip
     export_images(
         draw, chosen, out, num=num, batch_size=batch_size, seed=seed, describe=described, compute=compute,

@@ -27,6 +27,7 @@ from grafting.cli.options import (
     Json,
     Precision,
     Processes,
+    Rest,
     Seed,
     Source,
 )
@@ -50,6 +51,8 @@ def sample(
     batch_size: BatchSize = "100",
     vae: Annotated[str | None, typer.Option(help="Folder or hub id of the VAE of a latent model.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="For text to image: a file, or emoji-held-out.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")] = False,
+    pipeline: Rest = None,
     data: Annotated[Path | None, typer.Option(help="Captions for one: a folder of graft synthesize.")] = None,
     labels: Annotated[
         str | None, typer.Option(help="Classes: 3,5,7 (repeated), or a .npy, .npz, .txt file with one an image.")
@@ -70,10 +73,12 @@ def sample(
     compute = spread(processes, device)
     chosen = read_labels(labels, num) if labels is not None else None
     console = new_console(quiet=not compute.is_main)
-    model = open_model(source, num_heads=num_heads, device=str(compute.device), dtype=dtype)
-    model, captions = text_inputs(
-        model, source, prompts=prompts, data=data, size=(height, width), limit=num, dtype=parse_dtype(dtype)
+    model = open_model(
+        source, num_heads=num_heads, device=str(compute.device), dtype=dtype, pipeline=pipeline
     )
+    model, captions = text_inputs(
+        model, prompts=prompts, data=data, size=(height, width), limit=num, dtype=parse_dtype(dtype), truncate=truncate
+    )  # fmt: skip
     generate(
         model, out, num=num, captions=captions, labels=chosen, steps=steps, sampler=sampler,
         guidance=guidance, seed=seed, batch_size=at_once, precision=precision, compile=compiling, vae=vae,

@@ -19,6 +19,7 @@ from grafting.cli.options import (
     Json,
     Locality,
     Plan,
+    Rest,
     Seed,
     Source,
 )
@@ -155,13 +156,13 @@ def export(
     source: Source, out: Annotated[Path, typer.Option(help="File (.pt) of published, folder of the others.")],
     format: Annotated[str, typer.Option(help="published, diffusers, pipeline or graft.")] = "published",
     merge: Annotated[bool, typer.Option("--merge", help="Add LoRA adapters into the weights.")] = False,
-    device: AnyDevice = "cpu", dtype: Dtype = None, seed: AnySeed = 0,
+    pipeline: Rest = None, device: AnyDevice = "cpu", dtype: Dtype = None, seed: AnySeed = 0,
 ) -> None:  # fmt: skip
     """Write a model in another layout: a published .pt, diffusers' (unedited DiTs), a whole pipeline, or a graft."""
     from grafting.exports import export_model
 
     check_common(device, dtype)
-    export_model(source, out, format, merge=merge, dtype=parse_dtype(dtype))
+    export_model(source, out, format, merge=merge, dtype=parse_dtype(dtype), pipeline=pipeline)
     print(f"exported: {out}")
 
 

@@ -37,6 +37,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Source = Annotated[
     str, typer.Argument(help="Packaged name, .pt file, folder (model, graft, run), hub id, or arch:DiT-XL/2.")
 ]
+Rest = Annotated[
+    str | None,
+    typer.Option(
+        "--pipeline", help="Folder or hub id of text encoder and VAE, for a transformer that stands alone."
+    ),
+]
 Plan = Annotated[Path, typer.Option("--plan", help="Plan file, YAML or JSON.")]
 Heads = Annotated[
     int | None, typer.Option(min=1, help="Number of heads, for a file of an unpublished width.")

@@ -9,7 +9,7 @@ import typer
 
 from grafting.cli.app import app
 from grafting.cli.common import new_console, parse_dtype, spread
-from grafting.cli.options import Device, Dtype, Precision, Processes, Resume, Seed
+from grafting.cli.options import Device, Dtype, Precision, Processes, Rest, Resume, Seed
 
 
 @app.command()
@@ -28,7 +28,7 @@ def synthesize(
     shard_size: Annotated[int, typer.Option(min=1, help="Pairs per file: what a stop can lose.")] = 64,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of a caption; default the pipeline's own.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")] = False,
-    processes: Processes = 1, precision: Precision = "fp32",
+    pipeline: Rest = None, processes: Processes = 1, precision: Precision = "fp32",
     resume: Resume = False, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Sample image-text pairs from a text-to-image model itself: latents and encoded captions, to train on."""
@@ -42,7 +42,7 @@ def synthesize(
     )  # fmt: skip
     console = new_console(quiet=not compute.is_main)
     page = make(
-        source, prompts, out, settings, compute=compute, dtype=parse_dtype(dtype), resume=resume,
+        source, prompts, out, settings, compute=compute, dtype=parse_dtype(dtype), resume=resume, pipeline=pipeline,
         progress=lambda what, done, total: console.progress("synthesize", done, total, what),
     )  # fmt: skip
     console.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from grafting.conditioning import Caption
 from grafting.data.dataset import Indices
+from grafting.data.text import pack_captions, unpack_captions
 from grafting.errors import CheckpointError, DataError
-from grafting.formats.pipeline_folder import MAX_TOKENS, component_class, read_index
+from grafting.formats.diffusers_folder import variant_of
+from grafting.formats.pipeline_folder import INDEX, MAX_TOKENS, component_class, fitting_class, read_index
 
 KEYS = ("prompt", "caption", "text")
 _MAX_BYTES = 1 << 30
@@ -84,31 +86,25 @@ def _parse(line: str, number: int, path: Path) -> str:
     return text.strip()
 
 
-class TextEncoder:
-    """Tokenizer and text encoder of a pipeline folder. Captions are lowered and stripped, as the pipeline does."""
+class CaptionTokenizer:
+    """Tokenizer of a pipeline folder. Captions are lowered and stripped, as the pipeline does.
+
+    transformer: configuration of the transformer that the captions are for: it says how many tokens they may have,
+    where the folder is another transformer's.
+    """
 
     def __init__(
-        self, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-        max_tokens: int | None = None,
-    ) -> None:  # fmt: skip
-        try:
-            import transformers
-        except ImportError:
-            raise CheckpointError(
-                "encoding captions needs transformers: pip install 'grafting[text]'"
-            ) from None
+        self, folder: Path, transformer: Mapping[str, Any], *, max_tokens: int | None = None
+    ) -> None:
         index = read_index(folder)
-        classes = [component_class(index, name, folder) for name in ("tokenizer", "text_encoder")]
-        self.max_tokens = max_tokens or MAX_TOKENS[index["_class_name"]]
-        self.device = torch.device(device)
-        given = {"dtype": dtype} if dtype else {}
-        try:
-            self.tokenizer: Any = getattr(transformers, classes[0]).from_pretrained(folder / "tokenizer")
-            model: Any = getattr(transformers, classes[1]).from_pretrained(folder / "text_encoder", **given)
-        except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise CheckpointError(f"can't load the text encoder of {str(folder)!r}: {reason[:200]}") from None
-        self.model: Any = model.to(self.device).eval()
+        self.max_tokens = max_tokens or MAX_TOKENS[fitting_class(index["_class_name"], transformer)]
+        self._encoder_class = _component(index, "text_encoder", folder)
+        if not (folder / "text_encoder" / "config.json").is_file():
+            raise CheckpointError(
+                f"the pipeline {str(folder)!r} has no text_encoder/config.json; copy it again"
+            )
+        kind = _component(index, "tokenizer", folder)
+        self.tokenizer: Any = _loading(folder, lambda: kind.from_pretrained(folder / "tokenizer"))
 
     def check_lengths(self, prompts: Sequence[Prompt], where: str) -> None:
         """Raise DataError that names the first prompt with more tokens than the model takes."""
@@ -120,8 +116,25 @@ class TextEncoder:
                 if len(ids) > self.max_tokens:
                     raise DataError(
                         f"{where}, line {prompt.line}: {len(ids)} tokens, the model takes {self.max_tokens}: "
-                        f"{prompt.text[:60]!r}...; shorten it, or give --truncate"
+                        f"{prompt.text[:60]!r}...; shorten it, or give --truncate (in a recipe, truncate: true beside "
+                        "prompts)"
                     )
+
+
+class TextEncoder(CaptionTokenizer):
+    """Tokenizer and text encoder of a pipeline folder."""
+
+    def __init__(
+        self, folder: Path, transformer: Mapping[str, Any], *, device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None, max_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(folder, transformer, max_tokens=max_tokens)
+        self.device, place = torch.device(device), folder / "text_encoder"
+        variant = variant_of(place)
+        dtype = dtype or (torch.float32 if variant else None)  # stored in float16, which T5 overflows in
+        given = {"dtype": dtype} if dtype else {}
+        model = _loading(folder, lambda: self._encoder_class.from_pretrained(place, variant=variant, **given))
+        self.model: Any = model.to(self.device).eval()
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -134,23 +147,28 @@ class TextEncoder:
 
 
 class EncodedPrompts:
-    """The captions of a prompt file, encoded and held in memory; the text encoder itself is not kept."""
+    """The captions of a prompt file, encoded and held in memory without padding, in the text encoder's type.
+
+    The text encoder itself is not kept. transformer: see `CaptionTokenizer`.
+    """
 
     labels: list[int] | None = None
 
     def __init__(
-        self, path: str | Path, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-        limit: int | None = None, truncate: bool = False, batch_size: int = 8,
+        self, path: str | Path, folder: Path, transformer: Mapping[str, Any], *, device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None, limit: int | None = None, truncate: bool = False, batch_size: int = 8,
     ) -> None:  # fmt: skip
         prompts = read_prompts(path)[:limit]
         self.name, self.captions = Path(path).name, [prompt.text for prompt in prompts]
-        encoder = TextEncoder(folder, device=device, dtype=dtype)
+        encoder = TextEncoder(folder, transformer, device=device, dtype=dtype)
         if not truncate:
             encoder.check_lengths(prompts, str(path))
         chunks = [self.captions[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        parts = [[tensor.cpu() for tensor in encoder.encode(chunk)] for chunk in chunks]
-        self.embeds, self.mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        self.null_embeds, self.null_mask = (tensor.cpu() for tensor in encoder.encode([""]))
+        parts = [pack_captions(*encoder.encode(chunk)) for chunk in chunks]
+        self.held = {name: torch.cat([part[name] for part in parts]) for name in ("embeds", "mask")}
+        lengths = torch.cat([part["offsets"].diff() for part in parts])
+        self.held["offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(dim=0)])
+        self.null, self.num_tokens = pack_captions(*encoder.encode([""])), encoder.max_tokens
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -162,9 +180,33 @@ class EncodedPrompts:
 
     def conditions(self, indices: Indices) -> Caption:
         """The captions of these prompts."""
-        rows = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
-        null = (self.null_embeds.expand(len(rows), -1, -1), self.null_mask.expand(len(rows), -1))
-        return Caption(self.embeds[rows], self.mask[rows], *null)
+        rows = torch.as_tensor(indices, dtype=torch.int64).reshape(-1).tolist()
+        given = unpack_captions(self.held, rows, self.num_tokens, self.held["offsets"])
+        null_embeds, null_mask = unpack_captions(self.null, [0], self.num_tokens, self.null["offsets"])
+        return Caption(*given, null_embeds.expand(len(rows), -1, -1), null_mask.expand(len(rows), -1))
+
+
+def _component(index: dict[str, Any], name: str, folder: Path) -> Any:
+    """The class of a component of a pipeline that transformers provides."""
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError("encoding captions needs transformers: pip install 'grafting[text]'") from None
+    known = component_class(index, name, folder)
+    if not hasattr(transformers, known):
+        raise CheckpointError(
+            f"{folder / INDEX}: {name} is a {known!r}, which transformers here does not have"
+        )
+    return getattr(transformers, known)
+
+
+def _loading(folder: Path, load: Callable[[], Any]) -> Any:
+    """What `load` returns. Raises CheckpointError that names the pipeline."""
+    try:
+        return load()
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"can't load the text encoder of {str(folder)!r}: {reason[:200]}") from None
 
 
 def _plain(text: str) -> str:

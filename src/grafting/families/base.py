@@ -17,6 +17,8 @@ from grafting import operators
 from grafting.errors import DataError, GraftError, PlanError
 from grafting.operators import AttentionDonor, Cost, MLPDonor
 
+SD_VAE = "stabilityai/sd-vae-ft-ema"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -68,6 +70,7 @@ class Family(ABC):
 
     name: str
     names: str  # of its architectures, for people: what `named` knows
+    vae: str | None = None  # hub id of the VAE of its latents, where a model's pipeline says none
 
     @abstractmethod
     def owns(self, model: nn.Module) -> bool:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grafting.errors import DataError, GraftError
+from grafting.errors import CheckpointError, DataError, GraftError
 from grafting.evaluation.samples import to_uint8
-from grafting.families.base import family_of
+from grafting.families.base import SD_VAE, family_of
+from grafting.formats.diffusers_folder import variant_of
 from grafting.formats.weights import combined_digest, digests
 
-SD_VAE, SD_SCALING = "stabilityai/sd-vae-ft-ema", 0.18215
+SD_SCALING = 0.18215
 SD_VAES = (SD_VAE, "stabilityai/sd-vae-ft-mse")  # one encoder, two decoders
 Decoder = Callable[[Tensor], np.ndarray]
 _ENCODER = ("encoder.", "quant_conv.")
@@ -26,20 +27,33 @@ _LATENTS_AT_ONCE = 8 * 64**2  # 8 images of 512x512 pixels
 def load_vae(source: str | None = None, device: torch.device | str = "cpu") -> Any:
     """diffusers' AutoencoderKL in float32 from a folder or hub id (default: sd-vae-ft-ema).
 
-    A folder of a whole pipeline gives its `vae`. Raises `GraftError`.
+    A folder or hub id of a whole pipeline gives its `vae`. Raises `GraftError`.
     """
-    from diffusers import AutoencoderKL
-
     name = source or SD_VAE
-    inner = (Path(name) / "vae" / "config.json").is_file()
+    inner = Path(name) / "vae"
     try:
-        loaded = AutoencoderKL.from_pretrained(name, **({"subfolder": "vae"} if inner else {}))
+        loaded = _from_folder(str(inner) if (inner / "config.json").is_file() else name)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise GraftError(
             f"can't load the VAE {name!r}: {reason[:160]}; give a folder or hub id (--vae, or sample.vae in a recipe)"
         ) from None
-    return move_vae(loaded, device).eval().requires_grad_(False)
+    return move_vae(loaded, device, torch.float32).eval().requires_grad_(False)
+
+
+def _from_folder(name: str) -> Any:
+    """diffusers' AutoencoderKL of a folder, or of a hub id: at its root, or that of a whole pipeline."""
+    from diffusers import AutoencoderKL
+
+    if Path(name).is_dir():
+        return AutoencoderKL.from_pretrained(name, variant=variant_of(Path(name)))
+    try:
+        return AutoencoderKL.from_pretrained(name)
+    except OSError as error:  # what diffusers raises where a repository has no such file
+        try:
+            return AutoencoderKL.from_pretrained(name, subfolder="vae")
+        except OSError:
+            raise error from None
 
 
 def move_vae(vae: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
@@ -71,8 +85,8 @@ def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str
     """How samples of `model` become uint8 images [N, H, W, C].
 
     One or three channels are pixels, and `vae` is then refused. Four are latents of `vae`, a folder or hub id of
-    diffusers' AutoencoderKL (default: that of the pipeline that the model came from, else sd-vae-ft-ema), scaled by
-    its own factor. Raises `GraftError`.
+    diffusers' AutoencoderKL (default: that of the pipeline that the model came from, else the family's, which for
+    `dit` is sd-vae-ft-ema and for `pixart` none), scaled by its own factor. Raises `GraftError`.
     """
     autoencoder = _vae_of(model, vae, device)
     if autoencoder is None:
@@ -100,8 +114,6 @@ def image_shape(model: nn.Module, vae: str | None = None) -> tuple[int, int, int
 
 def _vae_of(model: nn.Module, vae: str | None, device: torch.device | str) -> Any:
     """The autoencoder of a model of latents; None for a model of pixels."""
-    from grafting.formats.pipeline_folder import pipeline_of
-
     channels = family_of(model).sample_shape(model)[0]
     if channels in (1, 3) and vae is None:
         return None
@@ -113,8 +125,25 @@ def _vae_of(model: nn.Module, vae: str | None, device: torch.device | str) -> An
         raise GraftError(
             f"no codec for samples of {channels} channels; sample from Python and decode them yourself"
         )
-    pipeline = pipeline_of(model) if vae is None else None
-    return load_vae(str(pipeline) if pipeline else vae, device)
+    return load_vae(own_vae(model) if vae is None else vae, device)
+
+
+def own_vae(model: nn.Module) -> str:
+    """Folder or hub id of the VAE of a model of latents: its pipeline, else its family's. Raises CheckpointError."""
+    from grafting.formats.pipeline_folder import home_of
+
+    usual = family_of(model).vae
+    try:
+        home = home_of(model, ("vae",))
+    except CheckpointError as error:
+        if usual is not None:
+            return usual
+        raise CheckpointError(
+            f"no VAE for the samples of this model: {error}; or give --vae, sample.vae"
+        ) from None
+    if (home / "vae" / "config.json").is_file() or usual is None:
+        return str(home)
+    return usual
 
 
 def check_latents(data: Any, vae: str | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grafting import operators
 from grafting.errors import CheckpointError, GraftError
-from grafting.families.base import Family, Site, Tap
+from grafting.families.base import SD_VAE, Family, Site, Tap
 from grafting.formats import dit_states, weights
 from grafting.models.dit import DiT, DiTConfig, named_config
 from grafting.models.groups import BlockGroup
@@ -27,6 +27,7 @@ class DiTFamily(Family):
 
     name = "dit"
     names = "DiT-<S|B|L|XL>/<2|4|8>[-256|-512][-D<depth>]"
+    vae = SD_VAE
 
     def owns(self, model: nn.Module) -> bool:
         return isinstance(model, DiT)

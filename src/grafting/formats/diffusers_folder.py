@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from grafting.families import families
 from grafting.formats import weights
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_HALF = "fp16"  # the variant that is read where there are no others
 
 
 def transformer_folder(folder: Path) -> Path | None:
     """Where the transformer is in a model's or pipeline's folder: `folder` itself or its `transformer`."""
     return next((at for at in (folder, folder / "transformer") if (at / "config.json").is_file()), None)
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant that the weights in a folder of a component are of: fp16 where no plain ones are there, else None."""
+    names = [path.name for suffix in ("safetensors", "bin") for path in folder.glob(f"*.{suffix}")]
+    return _HALF if names and all(f".{_HALF}" in name for name in names) else None
 
 
 def read_transformer(folder: Path) -> nn.Module:
@@ -32,8 +40,7 @@ def read_transformer(folder: Path) -> nn.Module:
 
 
 def _read_tensors(folder: Path) -> dict[str, Any]:
-    for name in _WEIGHTS:
-        path, index = folder / name, folder / f"{name}.index.json"
+    for path, index in _places(folder):
         if path.is_file():
             return _read(path)
         if index.is_file():
@@ -45,6 +52,15 @@ def _read_tensors(folder: Path) -> dict[str, Any]:
                 found |= _read(folder / file)
             return found
     raise CheckpointError(f"the folder {str(folder)!r} holds no weights: expected {' or '.join(_WEIGHTS)}")
+
+
+def _places(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Where weights can be, whole or by an index, those of full precision first."""
+    for name in _WEIGHTS:
+        yield folder / name, folder / f"{name}.index.json"
+    for name in _WEIGHTS:
+        stem, _, suffix = name.rpartition(".")
+        yield folder / f"{stem}.{_HALF}.{suffix}", folder / f"{name}.index.{_HALF}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from grafting.families import families, family_of, unwrap
 from grafting.formats import limits, weights
 from grafting.lora import Lora, add_lora, lora_of, module_state, plain_name, plain_state
 from grafting.plan import GraftPlan
-from grafting.surgery import GraftRecord, graft, record_of, set_record
+from grafting.surgery import GraftRecord, graft, pipeline_source, record_of, set_record
 
 FORMAT, VERSION = "grafting", 1
 MANIFEST = "graft.json"
@@ -68,6 +68,7 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
         "architecture": record.architecture,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
         "origin": record.source,  # of the rest of a pipeline, also where the weights need no base
+        **({"pipeline": record.pipeline} if record.pipeline else {}),  # of that rest, where it is not at the origin
         "base": None if self_contained else {"source": record.source, "sha256": record.base_hash},
         **({"lora": lora.to_dict()} if lora else {}),
         "tensors": {"file": file, "sha256": sha256},
@@ -108,6 +109,7 @@ def load_graft(
             f"{file} is damaged: its hash is not the one in {MANIFEST}; copy the graft again"
         )
 
+    pipeline = None if _stands_in_pipeline(folder) else manifest.get("pipeline")
     reference, saved_dtype = manifest["base"], _DTYPES[manifest["dtype"]]
     if reference is None:
         limits.check_architecture(manifest["architecture"], len(tensors))
@@ -133,7 +135,7 @@ def load_graft(
             raise CheckpointError(
                 f"base: got {type(base).__name__}; expected the model that was edited, or where to load it from"
             )
-        base = _sized(base, manifest["architecture"])
+        base, pipeline = _sized(base, manifest["architecture"]), pipeline_source(base) or pipeline
         digests = weights.digests(base)
         if weights.combined_digest(digests) != reference["sha256"]:
             raise CheckpointError(
@@ -148,7 +150,8 @@ def load_graft(
                 if base_name in given and own[name].shape == given[base_name].shape}  # fmt: skip
         weights.load_strictly(student, module_state(student, {**own, **same, **tensors}), str(folder))
     set_record(student, GraftRecord(
-        plan=plan, seed=manifest["seed"], source=source, architecture=manifest["architecture"], base_digests=digests
+        plan=plan, seed=manifest["seed"], source=source, architecture=manifest["architecture"], base_digests=digests,
+        pipeline=pipeline if isinstance(pipeline, str) else None,
     ))  # fmt: skip
     student = student.to(device).eval()
     return weights.cast(student, dtype) if dtype else student
@@ -165,10 +168,15 @@ def _edited(base: nn.Module, plan: GraftPlan, manifest: dict[str, Any], share: b
 
 def _origin(manifest: dict[str, Any], folder: Path) -> str | None:
     """Where the rest of a pipeline is: around the graft, or where the base came from."""
-    if (folder.parent / "model_index.json").is_file():
+    if _stands_in_pipeline(folder):
         return str(folder.parent.resolve())
     origin = manifest.get("origin")
     return origin if isinstance(origin, str) else None
+
+
+def _stands_in_pipeline(folder: Path) -> bool:
+    """Whether the graft is in the transformer's place of a whole pipeline."""
+    return (folder.parent / "model_index.json").is_file()
 
 
 def _sized(base: nn.Module, architecture: dict[str, Any]) -> nn.Module:

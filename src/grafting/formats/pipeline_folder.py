@@ -3,73 +3,138 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from grafting.errors import CheckpointError, GraftError
+from grafting.families import unwrap
 from grafting.formats import weights
+from grafting.formats.diffusers_folder import transformer_folder
 from grafting.formats.graft_folder import MANIFEST, is_graft_folder
-from grafting.surgery import record_of, source_of
+from grafting.surgery import pipeline_source, record_of, source_of
 
 INDEX = "model_index.json"
-MAX_TOKENS = {
-    "PixArtSigmaPipeline": 300,
-    "PixArtAlphaPipeline": 120,
-}  # of a caption, as diffusers' pipelines have it
+SIGMA, ALPHA = "PixArtSigmaPipeline", "PixArtAlphaPipeline"
+MAX_TOKENS = {SIGMA: 300, ALPHA: 120}  # of a caption, as diffusers' pipelines have it
+# Hub ids that hold a transformer alone -> a pipeline with the same text encoder and VAE.
+REST = dict.fromkeys(
+    ("PixArt-alpha/PixArt-Sigma-XL-2-512-MS", "PixArt-alpha/PixArt-Sigma-XL-2-2K-MS"),
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+)
+Part = Literal["vae", "tokenizer", "text_encoder", "scheduler"]
+EVERYTHING: tuple[Part, ...] = ("vae", "tokenizer", "text_encoder", "scheduler")
+_FILES: dict[Part, tuple[str, ...]] = {  # of a hub repository
+    "vae": ("vae/*.json", "vae/*.safetensors", "vae/*.bin"),
+    "tokenizer": ("tokenizer/*", "text_encoder/config.json"),
+    "text_encoder": ("text_encoder/*.json", "text_encoder/*.safetensors"),
+    "scheduler": ("scheduler/*",),
+}
+_GIVE = "say where the rest of the pipeline is (--pipeline, or pipeline: in a recipe)"
 _SCHEDULE = {
     "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
 }  # fmt: skip
 
 
-def find_pipeline(source: str | Path) -> Path:
-    """The folder of the pipeline behind `source`: itself, the base of a graft or run folder, or a hub id's copy.
+def find_pipeline(source: str | Path, parts: Sequence[Part] = EVERYTHING) -> Path:
+    """The folder of the pipeline behind `source`: itself, that of a graft or run folder, or a hub id's copy.
 
-    Raises CheckpointError for anything else.
+    A graft's pipeline is the one it stands in, the one it was told of, or its base. parts: of a hub id, what is
+    fetched beside the index and the configuration of the transformer. Raises CheckpointError for anything else.
     """
     path = Path(source)
     if (path / INDEX).is_file():
         return path
     for graft in (path, path / "graft"):
         if is_graft_folder(graft):
-            if (graft.parent / INDEX).is_file():  # a graft in the transformer's place of a pipeline
-                return graft.parent
-            manifest = weights.read_json(graft / MANIFEST, "graft")
-            base = (manifest.get("base") or {}).get("source") or manifest.get("origin")
-            if not isinstance(base, str):
-                raise CheckpointError(
-                    f"{graft}: the graft does not say which pipeline it was made from; give base="
-                )
-            return find_pipeline(base)
+            return _of_graft(graft, parts)
     if (path.parent / INDEX).is_file() and path.is_dir():
         return path.parent
+    if transformer_folder(path):
+        raise CheckpointError(
+            f"{str(source)!r} holds a transformer alone, without tokenizer, text encoder and VAE; {_GIVE}"
+        )
     if path.exists() or str(source).startswith("arch:"):
         raise CheckpointError(
             f"{str(source)!r} is no text-to-image pipeline: expected a folder with {INDEX} (tokenizer, text encoder, "
-            "transformer, VAE), as diffusers' save_pretrained writes it, or a graft of one"
+            f"transformer, VAE), as diffusers' save_pretrained writes it, or a graft of one; {_GIVE}"
         )
+    return _from_hub(str(source), parts)
+
+
+def _of_graft(graft: Path, parts: Sequence[Part]) -> Path:
+    if (graft.parent / INDEX).is_file():  # in the transformer's place of a pipeline
+        return graft.parent
+    manifest = weights.read_json(graft / MANIFEST, "graft")
+    told, base = manifest.get("pipeline"), manifest.get("base")
+    source = told or (base.get("source") if isinstance(base, dict) else None) or manifest.get("origin")
+    if not isinstance(source, str):
+        raise CheckpointError(f"{graft}: the graft does not say which pipeline it was made from; {_GIVE}")
+    return find_pipeline(source, parts)
+
+
+def _from_hub(source: str, parts: Sequence[Part]) -> Path:
     from grafting.loading import PACKAGED, download
 
-    if str(source) in PACKAGED:
+    if source in PACKAGED:
         raise CheckpointError(
-            f"{str(source)!r} ships without a text encoder; give prompts by a packaged name: "
+            f"{source!r} ships without a text encoder; give prompts by a packaged name: "
             "emoji-train or emoji-held-out"
         )
-    return find_pipeline(download(str(source), ["*.json", "*.txt", "*.model", "*.safetensors"]))
+    name = REST.get(source, source)
+    folder = download(name, [INDEX, "transformer/*.json", *(file for part in parts for file in _FILES[part])])
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"the hub's {name!r} has no {INDEX}, so it is no whole pipeline; {_GIVE}")
+    return folder
 
 
-def pipeline_of(model: nn.Module) -> Path | None:
-    """The folder of the pipeline that a loaded model or its base came from, if it came from one."""
+def home_of(model: nn.Module, parts: Sequence[Part] = EVERYTHING) -> Path:
+    """The folder of the pipeline that a loaded model was told of, or that it or its base came from.
+
+    Raises CheckpointError where there is none.
+    """
+    model = unwrap(model)
     record = record_of(model)
-    source = record.source if record else source_of(model)
-    if not source or source.startswith("arch:"):
-        return None
-    try:
-        return find_pipeline(source)
-    except CheckpointError:
-        return None
+    source = pipeline_source(model) or (record.source if record else source_of(model))
+    if not source:
+        raise CheckpointError(f"this model does not say which pipeline it is of; {_GIVE}")
+    return find_pipeline(source, parts)
+
+
+def transformer_config(source: str | Path) -> dict[str, Any]:
+    """The configuration of the transformer that `load_model(source)` loads, without its weights; {} if unknown."""
+    path = Path(source)
+    for graft in (path, path / "graft", path / "transformer"):
+        if is_graft_folder(graft):
+            found = weights.read_json(graft / MANIFEST, "graft").get("architecture")
+            return found if isinstance(found, dict) else {}
+    if at := transformer_folder(path):
+        return weights.read_json(at / "config.json", "transformer")
+    if path.exists() or "/" not in str(source) or str(source).startswith("arch:"):
+        return {}
+    from grafting.loading import download
+
+    names = ("config.json", "graft.json", "graft/graft.json")
+    return transformer_config(download(str(source), [*names, *(f"transformer/{name}" for name in names[:2])]))
+
+
+def fitting_class(said: str, transformer: Mapping[str, Any]) -> str:
+    """The class of pipeline for a transformer of this configuration: `said` by an index, where it does not tell.
+
+    Alpha at 1024 is given the size of the image; Sigma's configurations say that they are not, or have a scale of the
+    position table or a size that Alpha never had.
+    """
+    side, conditions = transformer.get("sample_size"), transformer.get("use_additional_conditions")
+    scale = transformer.get("interpolation_scale")
+    if conditions or (conditions is None and side == 128):
+        return ALPHA
+    if not isinstance(side, int):
+        return said
+    unusual = side > 128 or (scale is not None and scale != max(side // 64, 1))
+    return SIGMA if conditions is False or unusual else said
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class SynthesizeConfig(Settings):
     """Pairs that the run samples from its own model, as `graft synthesize` does, and trains on."""
 
     prompts: str  # a file, or a packaged name
+    truncate: bool = False  # prompts that are too long, instead of refusing them
     num: Count = 12_000
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.5
@@ -44,6 +45,7 @@ class SampleConfig(Settings):
     prompts: str | None = (
         None  # a file, or a packaged name; text-to-image models, default: captions of the data
     )
+    truncate: bool = False
     num: Count = 1000
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
     sampler: Literal["ddim", "ddpm", "dpm++"] = "ddim"
@@ -78,6 +80,7 @@ class Recipe(Settings):
     about: str = ""
     preset: Literal["grafting", "small", "paper", "paper-code"] = "grafting"
     model: str
+    pipeline: str | None = None  # of a transformer that stands alone: folder or hub id of the rest
     num_heads: Count | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     data: str  # with `synthesize`: the folder in the run folder that the pairs go to
@@ -167,6 +170,8 @@ def upgraded(recipe: Mapping[str, Any], version: int) -> dict[str, Any]:
         if version < 2 and stage.get("seed") == 0:
             stage["seed"] = None
         found[name] = kind().model_dump(mode="json") | stage
+    if isinstance(made := found.get("synthesize"), Mapping):
+        found["synthesize"] = {"truncate": False} | dict(made)
     return found
 
 

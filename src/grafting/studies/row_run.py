@@ -212,6 +212,7 @@ def _run_teacher(
 def teacher_samples(setting: Setting, pipeline: Pipeline, other: int = 0) -> Path:
     """Samples of the unedited teacher from the noise of this recipe's seed plus `other`, drawn once for all rows."""
     seed, given = pipeline.recipe.seed + other, pipeline.recipe.to_dict()
+    given["sample"].pop("truncate")  # of prompts, which no study has
     how = json.dumps([given[key] for key in ("model", "num_heads", "dtype", "sample")])
     name = f"seed-{seed}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
     place = Path("shared", "teacher", name, "samples.npz")
@@ -228,7 +229,8 @@ def teacher_samples(setting: Setting, pipeline: Pipeline, other: int = 0) -> Pat
 
 def _sample(model: Any, recipe: Recipe, file: Path, console: Console) -> None:
     generate(
-        model, file, seed=recipe.seed, **recipe.sample.model_dump(exclude={"prompts"}), describe={"model": "teacher"},
+        model, file, seed=recipe.seed, **recipe.sample.model_dump(exclude={"prompts", "truncate"}),
+        describe={"model": "teacher"},
         progress=lambda done, total: console.progress("sample teacher", done, total, "images"),
     )  # fmt: skip
 
@@ -279,6 +281,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:
     """What a row's result depends on, names apart; of a locality file its content, wherever it lies."""
     found = {k: v for k, v in recipe.to_dict().items() if k not in _NOT_OF_THE_RESULT} | {"version": VERSION}
+    if recipe.pipeline is None:  # as the rows of a time before there was one
+        del found["pipeline"]
     if recipe.locality is not None and Path(recipe.locality).is_file():
         found["locality"] = hashlib.sha256(Path(recipe.locality).read_bytes()).hexdigest()
     if row.teacher in ("as it is", "other noise"):
