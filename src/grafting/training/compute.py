@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -152,17 +153,42 @@ def _fast_bf16(device: torch.device) -> bool:
 
 
 def _own_device(device: torch.device, where: processes.Place) -> torch.device:
-    """The device of one of several processes: the CPU, or the accelerator of its number on this machine."""
+    """The device of one of several processes: the CPU, or the accelerator of its number on this machine.
+
+    A process that sees one GPU may have been given it for itself, as Slurm's --gpus-per-task=1 does: it takes that one,
+    unless another process has the same.
+    """
     if device.type == "cpu":
         return device
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if count == 1 and device.type == "cuda":
+        torch.accelerator.set_device_index(0)
+        _refuse_shared(str(torch.cuda.get_device_properties(0).uuid), where)
+        return torch.device("cuda", 0)
     if where.local_rank >= count or device.type == "mps":
         raise GraftError(
             f"process {where.rank} of {where.world} is number {where.local_rank} on a machine with {count} devices "
             f"of type {device.type}; start at most one process for each"
         )
     torch.accelerator.set_device_index(where.local_rank)
+    _refuse_shared("", where)
     return torch.device(device.type, where.local_rank)
+
+
+@functools.cache  # what is settled once, when the processes meet, need not cost a message in every stage
+def _refuse_shared(device: str, where: processes.Place) -> None:
+    """Raise GraftError where two processes have the same `device` (its UUID; "": one of several, by number)."""
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * where.world
+    with _reaching_others():
+        dist.all_gather_object(found, device, group=processes.control())
+    same = [str(rank) for rank, other in enumerate(found) if other == device]
+    if device and len(same) > 1:
+        raise GraftError(
+            f"processes {', '.join(same)} of {where.world} see one GPU, and it is the same ({device}); start one "
+            "process for each GPU, or give each its own (srun --gpus-per-task=1)"
+        )
 
 
 def make_compute(device: torch.device, precision: str = "auto") -> Compute:
