@@ -461,6 +461,27 @@ def test_two_processes_are_one(run: Graft, world: Path, tmp_path: Path) -> None:
     assert np.abs(a - b).max() <= 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "operators"],
+        ["run", "demo", "--dry-run"],
+        ["apply", "dit-fashion", "--out", "r", "--plan", "p.yaml"],
+    ],
+    ids=["bench", "dry-run", "apply"],
+)
+def test_work_for_one_process_is_refused_in_several(
+    run: Graft, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """They would compute together without knowing it."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, stderr = run(*arguments)
+    assert status == 2
+    assert "is work for one process, and this is one of 2 that were started together" in stderr
+    assert list(Path().iterdir()) == []
+
+
 # ---- signals
 
 

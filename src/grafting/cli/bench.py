@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import show
+from grafting.cli.common import refuse_several, show
 from grafting.cli.options import Json
 
 
@@ -39,6 +39,7 @@ def bench(
     from grafting.benchmarks import run_benchmark
     from grafting.formats.weights import write_json
 
+    refuse_several("graft bench")
     found = run_benchmark(
         what, size=size, batch_size=batch_size, micro_batch=micro_batch, updates=updates, layers=layers, reuse=reuse,
         jobs=jobs, steps=steps, repeats=repeats, device=device, dtype=dtype, mode=mode,

@@ -31,6 +31,17 @@ def spread(processes: int, device: str, precision: str = "fp32") -> Compute:
     return make_compute(as_device(device), precision)
 
 
+def refuse_several(what: str) -> None:
+    """Raise GraftError in one of several processes that a launcher started: `what` is work for one."""
+    from grafting.errors import GraftError
+    from grafting.processes import place
+
+    if (world := place().world) > 1:
+        raise GraftError(
+            f"{what} is work for one process, and this is one of {world} that were started together"
+        )
+
+
 def parse_dtype(name: str | None) -> Any:
     if name is None:
         return None

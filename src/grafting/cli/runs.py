@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console, parse_dtype, recipe_changes, spread
+from grafting.cli.common import new_console, parse_dtype, recipe_changes, refuse_several, spread
 from grafting.cli.options import (
     Device,
     Dtype,
@@ -61,7 +61,9 @@ def run(
     from grafting.runs import RunFolder
 
     overrides = recipe_changes(set, dtype=dtype, seed=seed)
-    if not dry_run and is_one_of_several():
+    if dry_run:
+        refuse_several("graft run --dry-run (for an estimate of several say --processes N)")
+    elif is_one_of_several():
         spread(processes, device)  # first of all, so that an error is printed once
     resolved = load_recipe(recipe, overrides)
     folder = out or Path("runs") / resolved.name
@@ -107,6 +109,7 @@ def apply(
     from grafting.recipes import load_recipe
     from grafting.runs import RunFolder
 
+    refuse_several("graft apply")
     if (plan is None) == (student is None):
         raise PlanError("graft apply: give --plan FILE or --student FOLDER (one of them)")
     recipe = load_recipe({
