@@ -313,3 +313,21 @@ def test_the_launcher_ends_as_its_worker(
     stderr = capfd.readouterr().err
     assert stderr.startswith(line)
     assert stderr.count("\n") == (1 if line else 0)
+
+
+def test_what_is_done_alone_sees_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = {
+        "RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "1",
+    }
+    for name, value in several.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with processes.alone() as where:
+        assert where == Place(1, 4, 1)
+        assert place() == Place()
+        assert make_compute(torch.device("cpu")).world == 1
+    assert dict(os.environ) == before

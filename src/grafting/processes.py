@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=10)  # of a message that never comes; a process that died is noticed at once
 LAUNCHER = "GRAFTING_LAUNCHER"  # process id of the launcher of --processes
+# What says that there are several processes, to this package or to accelerate.
+_SEVERAL = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
+)  # fmt: skip
 _PATIENCE = 3.0  # seconds to learn why another process went away
 _FAREWELL = 5.0  # seconds that the first process waits for the others, for it keeps the shared notes
 
@@ -53,6 +58,20 @@ def place(environment: Mapping[str, str] | None = None) -> Place:
             "numbers begin at 0 and stay below WORLD_SIZE"
         )
     return where
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[Place]:
+    """While inside, nothing in the environment says that there are other processes, to this one and to what it starts.
+
+    For work that this process does for itself whatever others do. Yields where it stands among them.
+    """
+    where = place()
+    hidden = {name: os.environ.pop(name) for name in _SEVERAL if name in os.environ}
+    try:
+        yield where
+    finally:
+        os.environ.update(hidden)
 
 
 def is_one_of_several() -> bool:

@@ -7,27 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grafting import processes
 from grafting.errors import CheckpointError, RunError
 from grafting.formats import weights
 
 NAMES = ("tensorboard", "wandb", "trackio")
 PROJECT = "grafting"
-_PLACE = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "PMI_SIZE",
-    "OMPI_COMM_WORLD_SIZE",
-    "MV2_COMM_WORLD_SIZE",
-)
 FILE = "trackers.json"  # the name under which a run that is resumed goes on in the tracker
 
 
@@ -85,7 +75,9 @@ class Trackers:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        with _alone():
+        # The process that writes is the only one that makes a tracker; told of others, accelerate would change the
+        # number of its threads, and with it how sums are rounded.
+        with processes.alone():
             PartialState(cpu=True)  # accelerate's log wants one; this package places its models itself
         kind = LOGGER_TYPE_TO_CLASS[name]
         options: dict[str, dict[str, Any]] = {
@@ -123,20 +115,6 @@ class Trackers:
             self.say(f"warning: tracker {name} failed and is left out, the run goes on: {reason}")
             if self._open:
                 self._open.pop(name, None)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Nothing in the environment says that there are other processes.
-
-    The process that writes is the only one that makes a tracker; told of others, accelerate would change the number
-    of its threads, and with it how sums are rounded.
-    """
-    hidden = {name: os.environ.pop(name) for name in _PLACE if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 def _steps(stage: Any) -> int:

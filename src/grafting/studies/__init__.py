@@ -14,6 +14,7 @@ from grafting.studies.ablation import DEMO_ABLATION
 from grafting.studies.donor_init import NAME as DONOR_INIT
 from grafting.studies.donor_init import run_donor_init
 from grafting.studies.runner import run_rows
+from grafting.studies.share import Launch
 
 STUDIES: dict[str, Study] = {
     **EXPERIMENTS,
@@ -32,11 +33,17 @@ def run_study(
     if name not in NAMES:
         raise RunError(f"unknown study {name!r}: expected one of {', '.join(NAMES)}")
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
+    launch = Launch.here()
+    if not resume and not launch.may_begin(folder):
         raise RunError(f"{str(folder)!r} already holds a study; go on with --resume, or give another --out")
     if name == DONOR_INIT:
         if only or reuse or jobs != 1:
             raise RunError(f"study {name!r} has no rows of its own: leave out --only, --jobs and --reuse")
+        if launch.world > 1:
+            raise RunError(
+                f"study {name!r} is one job after another in one process, and this is one of {launch.world} that were "
+                "started together: start one"
+            )
         return run_donor_init(folder, console, model=model, seed=seed, device=device, changes=changes)
     return run_rows(
         STUDIES[name], folder, console, model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +22,11 @@ from grafting.plan import GraftPlan
 from grafting.recipes import parse_overrides, recipe_mapping
 from grafting.recipes.rows import Row, Study, UnavailableError, row_recipe
 from grafting.recipes.settings import Recipe, upgraded
-from grafting.runs import FolderLock, RunFolder
+from grafting.runs import RunFolder
 from grafting.runs.folder import VERSION
 from grafting.selectors import needs_locality
 from grafting.studies.control import finetune_teacher
+from grafting.studies.share import alone_in, link, own_device
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 
@@ -57,6 +54,10 @@ class Setting:
         """From what the command line gives."""
         overrides = (*(changes or ()), *((f"model={model}",) if model else ()))
         return cls(study, folder, overrides, seed, device, tuple(reuse), parse_overrides(overrides))
+
+    def on(self, number: int) -> Setting:
+        """The same for worker `number` of this machine, which has a GPU of its own."""
+        return replace(self, device=own_device(self.device, number))
 
     @property
     def shelf(self) -> Shelf:
@@ -103,6 +104,22 @@ def distance_of(result: Mapping[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
+@dataclass
+class _RowPipeline(Pipeline):
+    """The stages of a row. It takes the teacher's samples from the study, once it comes to sampling itself."""
+
+    setting: Setting | None = None
+
+    def sample(self) -> dict[str, Any]:
+        """Not before: whoever draws the teacher's takes hours for 50,000, in which other rows can train."""
+        assert self.setting is not None
+        folder, config = self.run.path / "samples", self.recipe.evaluate
+        link(teacher_samples(self.setting, self), folder / "teacher.npz")
+        if config is not None and config.reference == TEACHER:
+            link(teacher_samples(self.setting, self, OTHER_NOISE), folder / "reference.npz")
+        return super().sample()
+
+
 def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
     """Do what is not done yet of a row; returns its result, in JSON types.
 
@@ -117,7 +134,7 @@ def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
     if (taken := _take_over(setting, path, row.name, identity)) is not None:
         _record_identity(path, identity, row.name)
         return taken
-    pipeline = Pipeline(recipe, RunFolder(path, console), setting.device)
+    pipeline = _RowPipeline(recipe, RunFolder(path, console), setting.device, setting=setting)
     pipeline.check(to_the_end=True)  # before anything is kept that would bind the row to these settings
     _record_identity(path, identity, row.name)
     if row.teacher is not None:
@@ -147,9 +164,6 @@ def _run_student(setting: Setting, pipeline: Pipeline, path: Path, console: Cons
     try:
         with pipeline.run.writing():
             shared_stage_1(pipeline, setting.shelf)
-            _link(teacher_samples(setting, pipeline), path / "samples" / "teacher.npz")
-            if recipe.evaluate is not None and recipe.evaluate.reference == TEACHER:
-                _link(teacher_samples(setting, pipeline, OTHER_NOISE), path / "samples" / "reference.npz")
             pipeline.all()
     except DivergedError as error:
         diverged = str(error)
@@ -196,7 +210,7 @@ def _run_teacher(
                 run.finish("finetune", outcome)  # only now: its weights are in the checkpoints alone
         result |= outcome
     else:
-        _link(teacher_samples(setting, pipeline), file)
+        link(teacher_samples(setting, pipeline), file)
     reference = recipe.evaluate.reference
     if reference == TEACHER:
         reference = str(teacher_samples(setting, pipeline, OTHER_NOISE))
@@ -217,10 +231,10 @@ def teacher_samples(setting: Setting, pipeline: Pipeline, other: int = 0) -> Pat
     name = f"seed-{seed}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
     place = Path("shared", "teacher", name, "samples.npz")
     file = setting.folder / place
-    with _alone_in(file.parent):
+    with alone_in(file.parent, pipeline.run.console.say):
         drawn = next((folder / place for folder in setting.reuse if (folder / place).is_file()), None)
         if drawn is not None:
-            _link(drawn, file)
+            link(drawn, file)
         elif not file.is_file():
             recipe = pipeline.recipe.model_copy(update={"seed": seed})
             _sample(pipeline.teacher, recipe, file, pipeline.run.console)
@@ -247,7 +261,7 @@ def _locality_file(setting: Setting) -> Path:
 def _locality(setting: Setting, recipe: Recipe, console: Console) -> str:
     """The locality of every layer, measured once for the study."""
     file = _locality_file(setting)
-    with _alone_in(file.parent):
+    with alone_in(file.parent):
         if not file.is_file():
             from grafting.analysis.locality import measure_locality
 
@@ -259,23 +273,6 @@ def _locality(setting: Setting, recipe: Recipe, console: Console) -> str:
             )  # fmt: skip
             weights.write_json(file, found)
     return str(file)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """While inside, no other process works in `folder`: waited for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(folder)
-    while True:
-        try:
-            lock.acquire()
-            break
-        except RunError:
-            time.sleep(0.5)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:
@@ -343,25 +340,10 @@ def _take_over(setting: Setting, path: Path, name: str, identity: Mapping[str, A
                 continue
             result = weights.read_json(row / "result.json", "result")
             if result.get("samples"):
-                _link(row / result["samples"], path / "samples" / "student.npz")
+                link(row / result["samples"], path / "samples" / "student.npz")
                 result["samples"] = "samples/student.npz"
             return {**result, "taken_from": f"{folder.name}/{file.stem}"}
     return None
-
-
-def _link(source: Path, target: Path) -> None:
-    """`target` is `source`: one file on disk where that can be, else a copy."""
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-        shutil.copy(source, partial)
-        os.replace(partial, target)
 
 
 __all__ = ["Setting", "check_row", "distance_of", "run_row"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from grafting import processes
 from grafting.console import Console
 from grafting.errors import GraftError, RunError
 from grafting.formats import weights
@@ -24,8 +25,11 @@ from grafting.report.study import write_study
 from grafting.runs import FolderLock
 from grafting.studies.collect import collect
 from grafting.studies.row_run import Setting, check_row, run_row
+from grafting.studies.share import Launch, alone_in, take
 from grafting.studies.sources import check_sources
 from grafting.training.loop import Interrupted
+
+_PATIENCE = 600.0  # seconds to wait for another process that writes the page
 
 
 def run_rows(
@@ -36,8 +40,9 @@ def run_rows(
     """Run the rows that are not done yet and write study.json, study.html; returns the page.
 
     only: names of rows. changes: settings for all rows. jobs: rows at a time, each in a process of its own with its
-    share of the threads. reuse: folders of other studies whose equal rows and distilled operators are taken over.
-    Raises RunError when every other row is done, if a row failed.
+    share of the threads and, of several GPUs, one. reuse: folders of other studies whose equal rows and distilled
+    operators are taken over. Of several processes of one launch each does rows for itself; they form no group.
+    Raises RunError when every other row is done, if a row failed; of several processes of a launch, the last to end.
     """
     rows = [study.row(name) for name in only] if only else list(study.rows)
     rows = sorted(rows, key=lambda row: row.rank)
@@ -53,14 +58,22 @@ def run_rows(
         with contextlib.suppress(UnavailableError):
             check_row(setting, row)
     for row in rows:
-        _remove_failure(folder, row)
+        _failure_file(folder, row).unlink(missing_ok=True)
+        _unavailable(setting, row).unlink(missing_ok=True)
+    launch = Launch.here()
+    launch.begin(folder)
     try:
-        if jobs == 1:
-            _work(setting, rows, console)
-        else:
-            _work_in_processes(setting, rows, jobs)
+        with processes.alone():  # before anything that would take the launch's other processes for partners
+            if jobs == 1:
+                spread = launch.world > 1
+                _work(setting.on(launch.local_rank) if spread else setting, rows, console)
+            else:
+                _work_in_processes(setting, rows, jobs, launch)
     finally:
-        page = write_study(folder, collect(setting))
+        page = _page(setting)
+    if launch.world > 1 and (left := [row.name for row in rows if not _is_settled(setting, row)]):
+        console.say(f"other processes of this launch are at {', '.join(left)}; the last one says what failed")
+        return page  # a bad exit status would make some launchers end them
     failed = [row.name for row in rows if _failure_file(folder, row).is_file()]
     if failed:
         raise RunError(
@@ -70,8 +83,21 @@ def run_rows(
     return page
 
 
+def _page(setting: Setting) -> Path:
+    """Write study.json and study.html. One process at a time: of those that end together the last has read all."""
+    with alone_in(setting.folder / "shared", patience=_PATIENCE):
+        return write_study(setting.folder, collect(setting))
+
+
+def _is_settled(setting: Setting, row: Row) -> bool:
+    """Whether a row is done, failed, or can't be run."""
+    files = (setting.result_file(row.name), _failure_file(setting.folder, row), _unavailable(setting, row))
+    return any(file.is_file() for file in files)
+
+
 def _work(setting: Setting, rows: list[Row], console: Console) -> None:
     """Do every row that is not done and that no other process does, again while rows become possible."""
+    take(setting.device)
     waiting = list(rows)
     while waiting:
         later = []
@@ -100,7 +126,7 @@ def _work(setting: Setting, rows: list[Row], console: Console) -> None:
 def _do(setting: Setting, row: Row, console: Console) -> bool:
     """One row; False if it can't be run yet (or at all) with what there is."""
     console.say(f"== {row.name}: {row.label}")
-    unavailable = setting.folder / "unavailable" / f"{row.name}.json"
+    unavailable = _unavailable(setting, row)
     try:
         result = run_row(setting, row, console)
     except Interrupted:
@@ -129,23 +155,29 @@ def _failure_file(folder: Path, row: Row) -> Path:
     return folder / "failures" / f"{row.name}.json"
 
 
-def _remove_failure(folder: Path, row: Row) -> None:
-    _failure_file(folder, row).unlink(missing_ok=True)
+def _unavailable(setting: Setting, row: Row) -> Path:
+    return setting.folder / "unavailable" / f"{row.name}.json"
 
 
 # ---- several processes
 
 
-def _work_in_processes(setting: Setting, rows: list[Row], jobs: int) -> None:
-    """`jobs` workers, which share out the rows by their locks. A stop is passed on to them once, then waited for."""
+def _work_in_processes(setting: Setting, rows: list[Row], jobs: int, launch: Launch) -> None:
+    """`jobs` workers, which share out the rows by their locks. A stop is passed on to them once, then waited for.
+
+    Each has a GPU of its own, as far as there are so many, and a log of its own, also among those of a launch.
+    """
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
     workers = [
-        context.Process(target=_worker, args=(setting, rows, threads, number), name=f"row worker {number}")
-        for number in range(1, jobs + 1)
-    ]
+        context.Process(
+            target=_worker, name=f"row worker {launch.rank * jobs + number + 1}",
+            args=(setting.on(launch.local_rank * jobs + number), rows, threads, launch.rank * jobs + number + 1),
+        )
+        for number in range(jobs)
+    ]  # fmt: skip
     for worker in workers:
         worker.start()
     try:
