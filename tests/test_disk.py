@@ -149,6 +149,7 @@ def test_pairs_whose_process_was_killed_before_the_manifest_can_be_gone_on_with(
         None,
         lambda *given: None,
         None,
+        None,
     )
     out.mkdir()
     (out / ".captions.jsonl.x.tmp").write_text("half")

@@ -314,7 +314,7 @@ def test_samples_by_captions_through_a_vae_go_on_too(tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("a red cat\na blue dog\na house\n")
 
     def draw(name: str, prompts: str = "p.txt", **changes: Any) -> list[int]:
-        model, captions = text_inputs(load_model(source), source, prompts=tmp_path / prompts)
+        model, captions = text_inputs(load_model(source), prompts=tmp_path / prompts)
         seen = counted(model)
         generate(
             model, tmp_path / name / "x.npz", captions=captions, sampler="dpm++", **{**COMMON, **changes}

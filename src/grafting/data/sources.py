@@ -85,7 +85,7 @@ def as_data(data: Any) -> DataSource:
     """
     if isinstance(data, (str, Path)):
         return load_dataset(data)
-    if all(hasattr(data, name) for name in ("batch", "split", "subset", "content_hash", "shape")):
+    if callable(getattr(data, "batch", None)) and hasattr(data, "__len__"):
         return cast(DataSource, data)
     if isinstance(data, Mapping) and {"x", "y"} <= set(data):
         return ImageLabelDataset(data["x"], data["y"])
