@@ -15,8 +15,10 @@ import torch
 from tiny_runs import tiny_pipeline
 
 from grafting.errors import CheckpointError, RunError
-from grafting.runs import RunFolder
+from grafting.rehearsal import _most_checkpoints
+from grafting.runs import RunFolder, checkpoints
 from grafting.training import cache as caches
+from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
 
 CACHED = {"mode": "cached", "cache_samples": 12}
 
@@ -164,3 +166,22 @@ def test_pairs_whose_process_was_killed_before_the_manifest_can_be_gone_on_with(
     assert "a cat" in (out / "captions.jsonl").read_text()
     with pytest.raises(RunError, match="go on with --resume"):
         job.begin(resume=False)
+
+
+@pytest.mark.parametrize("stage", ["distill", "finetune"])
+def test_the_estimate_counts_all_checkpoints_that_are_there_at_once(
+    tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst case: the first is the best, and the newest is written before the oldest goes."""
+    config: Optimization = (DistillConfig if stage == "distill" else FinetuneConfig)(keep_checkpoints=2)
+    run, rotate, there = RunFolder(tmp_path), checkpoints._rotate, []
+
+    def seen(folder: Path, keep: int) -> None:
+        there.append(len(list(folder.glob("*.pt"))))
+        rotate(folder, keep)
+
+    monkeypatch.setattr(checkpoints, "_rotate", seen)
+    for step in range(1, 7):
+        scores = {"validation": {step: float(step)}} if stage == "finetune" else {}
+        run.save_checkpoint(stage, step, {"step": step, **scores}, config.keep_checkpoints)
+    assert max(there) == _most_checkpoints(config)

@@ -386,7 +386,9 @@ def test_a_lack_of_memory_says_what_to_set(
         raise error
 
     monkeypatch.setattr("grafting.pipeline.finetune", short)
-    with pytest.raises(RunError, match=r"finetune: out of memory .*finetune\.micro_batch.*--resume"):
+    with pytest.raises(
+        RunError, match=r"finetune on cpu ran out of memory .*finetune\.micro_batch.*--resume"
+    ):
         pipeline.finetune()
     monkeypatch.setattr(
         "grafting.pipeline.finetune", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("other"))

@@ -33,6 +33,10 @@ class RunError(GraftError):
     """A recipe or run folder that cannot be used as asked."""
 
 
+class OutOfMemoryError(RunError):
+    """A device or machine that has not the memory that a stage needs as it is set; trying again would not help."""
+
+
 class DivergedError(GraftError):
     """A loss or gradient that is no longer finite: the run stopped, its last good checkpoint is kept."""
 

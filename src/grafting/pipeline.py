@@ -7,6 +7,7 @@ stage can be run alone.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grafting.analysis.estimate import meta_copy
-from grafting.analysis.memory import StagePeak, explained_shortage, gigabytes
+from grafting.analysis.memory import StagePeak, gigabytes
 from grafting.console import Console
 from grafting.data import DataSource, load_dataset
 from grafting.data.text import CaptionDataset, CaptionSource
@@ -30,6 +30,8 @@ from grafting.formats import weights
 from grafting.formats.graft_folder import load_graft, save_graft
 from grafting.generation import generate
 from grafting.loading import as_device, load_model, pretraining_visits
+from grafting.needs import expected, remedies, shortages
+from grafting.out_of_memory import explained
 from grafting.parts import remove_parts
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder
@@ -107,7 +109,8 @@ class Pipeline:
     def check(self, *, to_the_end: bool = False) -> None:
         """Everything that can be refused before any work: plan against model, data against model.
 
-        to_the_end: this process will sample and measure, too, so whether it can is tried.
+        to_the_end: this process will sample and measure, too, so whether it can is tried; a stage that will hardly fit
+        the device's memory is said.
         """
         explain(self.teacher, self.recipe.graft_plan, self.recipe.locality)
         if self.recipe.synthesize is not None:
@@ -134,6 +137,9 @@ class Pipeline:
             shape = image_shape(self.teacher, drawn.vae)
             if self.compute.is_main and (config := self.recipe.evaluate) is not None:
                 check_measures(config.reference, config.features, shape)
+            if self.compute.is_main:
+                for line in shortages(self.recipe, self.teacher, self.compute.device, self.compute.world):
+                    self.run.console.say(f"warning: {line}")
         self._checked = self._checked or to_the_end
 
     def check_same(self, *, seed: int | None = None, dtype: str | None = None) -> None:
@@ -240,11 +246,11 @@ class Pipeline:
         )
 
     def _train(self, stage: str, work: Any) -> dict[str, Any]:
-        with self.run.writing(stage):
+        with self.run.writing(stage), self._explained(stage):
             self.run.bind("data", self.data.name, self.data.content_hash)
             student = self.student(share=self._leaves_the_rest(stage))
             expected, peak = self._expect(stage), StagePeak(self.compute.device)
-            with self.run.stoppable(), explained_shortage(stage):
+            with self.run.stoppable():
                 result = work(student).to_dict()
             found = peak.bytes()
             result["memory"] = {"estimated_bytes": expected, "peak_bytes": found, "source": peak.source}
@@ -261,20 +267,17 @@ class Pipeline:
 
     def _expect(self, stage: str) -> int | None:
         """Say what memory a stage will take; bytes, or None where it can't be counted."""
-        from grafting.needs import stage_memory
-
-        plan = explain(self.teacher, self.recipe.graft_plan, self.recipe.locality).plan
-        own = self.recipe.distill if stage == "distill" else self.recipe.finetune
-        precision = make_compute(self.compute.device, own.precision if own else "auto").precision
-        try:
-            parts = stage_memory(
-                self.recipe, stage, meta_copy(self.teacher), plan, precision, self.compute.world
-            )
-        except Exception:  # others' operators may raise anything without values: no reason not to run
+        parts = expected(self.recipe, stage, self.teacher, self.compute.device, self.compute.world)
+        if parts is None:
             return None
         said = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if name != "total")
         self.run.console.say(f"{stage}: needs about {gigabytes(parts['total'])} of memory ({said})")
         return parts["total"]
+
+    def _explained(self, stage: str) -> AbstractContextManager[None]:
+        """While inside, running out of memory is an error that says what to set."""
+        found = remedies(self.recipe, stage, family_of(self.teacher), self.compute.world, begun=True)
+        return explained(f"{stage} on {self.device}", f"{found}; --resume goes on")
 
     def share_of_pretraining(self, flops: float) -> dict[str, Any]:
         """The cost of a stage against the teacher's pretraining (3 passes a visit), where that is known."""
@@ -291,7 +294,7 @@ class Pipeline:
     def sample(self) -> dict[str, Any]:
         """The same noise and labels through teacher and student; other noise through the teacher for a reference."""
         config, seed = self.recipe.sample, self.recipe.seed
-        with self.run.writing("sample"):
+        with self.run.writing("sample"), self._explained("sample"):
             seconds = {}
             models = [("teacher", self.teacher, seed), ("student", self.student(), seed)]
             if self.recipe.evaluate is not None and self.recipe.evaluate.reference == TEACHER:

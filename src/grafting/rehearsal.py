@@ -14,7 +14,7 @@ from torch import nn
 
 from grafting.analysis import estimate, pace
 from grafting.analysis.costs import plan_cost
-from grafting.analysis.headroom import fitting_batch_size
+from grafting.analysis.headroom import fitting_batch_size, total_bytes
 from grafting.analysis.latency import device_name
 from grafting.analysis.memory import gigabytes, weight_bytes
 from grafting.data.packaged_captions import check_prompts
@@ -25,12 +25,13 @@ from grafting.families import family_of
 from grafting.families.codec import check_latents
 from grafting.loading import is_here, load_model
 from grafting.lora import is_lora
-from grafting.needs import stage_memory, student_of
+from grafting.needs import remedies, stage_memory, student_of
 from grafting.pipeline import Pipeline
 from grafting.plan import GraftPlan
 from grafting.recipes import Recipe
 from grafting.surgery import explain, graft
 from grafting.training.compute import make_compute
+from grafting.training.config import FinetuneConfig, Optimization
 from grafting.training.loop import Batches, samples_per_pass
 
 # What the weights of these hub ids are, for estimates without them.
@@ -51,8 +52,8 @@ def rehearse(
 
     watches: precision -> what was timed before; filled, so that several recipes time an operator once.
     {"plan": {"summary", "rows", "model"}, "missing": [...], "device", "stages": {stage: {"memory": {part: bytes},
-    "seconds", "precision"}}, "disk_bytes", "notes"}. Raises GraftError for what the run would refuse; files that are
-    not here are `missing`.
+    "seconds", "precision", "remedy" (what takes less memory)}}, "disk_bytes", "notes"}. Raises GraftError for what the
+    run would refuse; files that are not here are `missing`.
     """
     recipe = pipeline.recipe
     missing: list[str] = []
@@ -81,7 +82,7 @@ def rehearse(
         "missing": missing,
         "device": {
             "name": device_name(device),
-            "memory_bytes": _device_memory(device),
+            "memory_bytes": total_bytes(device),
             "processes": processes,
         },
         "stages": stages,
@@ -161,7 +162,10 @@ def _stages(
         precision = make_compute(device, given).precision
         watch = watches.setdefault(precision, pace.Stopwatch(device, precision, dtype, size))
         memory = stage_memory(recipe, stage, teacher, plan, precision, processes)
-        found[stage] = {"memory": memory, "seconds": seconds(watch), "precision": precision}
+        found[stage] = {
+            "memory": memory, "seconds": seconds(watch), "precision": precision,
+            "remedy": remedies(recipe, stage, family_of(teacher), processes),
+        }  # fmt: skip
 
     if (first := recipe.distill) is not None and len(recipe.graft_plan):
         size = samples_per_pass(first, processes)
@@ -193,7 +197,7 @@ def _disk(recipe: Recipe, teacher: nn.Module, plan: GraftPlan, processes: int) -
     student = student_of(recipe, "finetune", teacher, plan)
     own = weight_bytes(teacher, student) - weight_bytes(teacher)  # what a graft folder holds
     checkpoints = [
-        (config.keep_checkpoints + 1) * estimate.checkpoint_bytes(student, config)
+        _most_checkpoints(config) * estimate.checkpoint_bytes(student, config)
         for config in (recipe.distill, recipe.finetune)
         if config is not None
     ]
@@ -207,16 +211,11 @@ def _disk(recipe: Recipe, teacher: nn.Module, plan: GraftPlan, processes: int) -
     }
 
 
-def _device_memory(device: torch.device) -> int | None:
-    """Bytes of memory of the device, or None where it can't be told."""
-    import os
-
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+def _most_checkpoints(config: Optimization) -> int:
+    """How many a stage has on disk at once: one more is written before the oldest goes; stage 2 keeps its best, too."""
+    return config.keep_checkpoints + (
+        2 if isinstance(config, FinetuneConfig) and config.num_validation else 1
+    )
 
 
 def in_words(found: Mapping[str, Any]) -> Iterator[str]:
@@ -248,7 +247,7 @@ def in_words(found: Mapping[str, Any]) -> Iterator[str]:
         )
         yield f"  {stage} ({needs['precision']}): {_duration(needs['seconds'])}, {gigabytes(total)} ({parts})"
         if memory and total > memory:
-            yield f"  {stage} does not fit: {_remedy(stage)}"
+            yield f"  {stage} does not fit: {needs['remedy']}"
     if not found["stages"]:
         yield "  none"
     disk = found["disk_bytes"]
@@ -258,14 +257,6 @@ def in_words(found: Mapping[str, Any]) -> Iterator[str]:
     yield "  not in it: loading, checkpoints, decoding latents, measuring samples, the data in memory"
     for note in found["notes"]:
         yield f"note: {note}"
-
-
-def _remedy(stage: str) -> str:
-    if stage == "sample":
-        return "lower sample.batch_size, or give auto"
-    return f"lower {stage}.micro_batch (samples of a pass)" + (
-        ", or say gradient_checkpointing: true or lora" if stage == "finetune" else ""
-    )
 
 
 def _duration(seconds: float) -> str:

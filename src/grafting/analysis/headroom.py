@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,16 @@ SHARE = 0.8  # of what is free: kernels' own scratch, fragments and other progra
 MOST = {"cuda": 256}  # samples at once; beyond that a device gains nothing
 MOST_ELSEWHERE = 100  # a CPU gains nothing from a dozen on
 UNCOUNTED = 16  # where memory or need can't be told and running out of it is no error that can be caught
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """Bytes of memory of the device (of the machine, for a CPU), or None where it can't be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def free_bytes(

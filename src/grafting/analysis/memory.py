@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-
-from grafting.errors import RunError
 
 
 class LiveBytes(TorchDispatchMode):
@@ -130,30 +127,3 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
     for value in tree_iter(values):
         if isinstance(value, Tensor):
             yield value.untyped_storage()
-
-
-_REMEDIES = {
-    "distill": "give a smaller distill.micro_batch (such as 1), or more --processes",
-    "finetune": "give a smaller finetune.micro_batch (such as 1), finetune.gradient_checkpointing: true, "
-    "finetune.shard: full with several --processes, or another run with finetune.lora",
-    "sample": "give a smaller sample.batch_size, or auto",
-}
-
-
-@contextmanager
-def explained_shortage(stage: str) -> Iterator[None]:
-    """Turn a lack of memory inside into a RunError that says what to set: it is no defect, and would come again.
-
-    A device says so by an exception of its own, the CPU by a RuntimeError of the allocator or a MemoryError.
-    """
-    try:
-        yield
-        return
-    except (RuntimeError, MemoryError) as error:
-        short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
-            error
-        )
-        if not short:
-            raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
-    raise RunError(f"{stage}: out of memory ({reason}); {_REMEDIES[stage]}, and go on with --resume")

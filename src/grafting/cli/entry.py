@@ -14,7 +14,8 @@ from grafting.processes import settle
 
 def main() -> None:
     """Entry point: one line on stderr for what a user can mend, exit statuses as documented."""
-    from grafting.errors import GraftError, PeerError
+    from grafting.errors import GraftError, OutOfMemoryError, PeerError
+    from grafting.out_of_memory import said_of
     from grafting.processes import is_lost, leave
     from grafting.training.loop import Interrupted
 
@@ -34,6 +35,8 @@ def main() -> None:
     except Exception as error:
         if is_lost(error):
             raise _end("another process of this run has ended", PeerError.exit_code, lost=True) from None
+        if (said := said_of(error)) is not None:
+            raise _end(f"out of memory: {said}", OutOfMemoryError.exit_code) from None
         if type(error).__module__.split(".")[0] not in ("click", "typer"):  # newer typers carry click inside
             settle(1, f"{type(error).__name__}: {error}")
             raise

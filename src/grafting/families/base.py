@@ -205,6 +205,11 @@ class Family(ABC):
         """Names of the linear layers of a block that adapters go on by default: projections of attentions and MLPs."""
         return ()
 
+    @property
+    def has_checkpointing(self) -> bool:
+        """Whether `set_checkpointing` can turn it on."""
+        return type(self).set_checkpointing is not Family.set_checkpointing
+
     def set_checkpointing(self, model: nn.Module, on: bool) -> None:
         """Whether blocks are computed again in the backward pass instead of kept. Raises GraftError where it can't."""
         if on:

@@ -152,6 +152,11 @@ def _fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and tiles is not None and bool(tiles())
 
 
+def own_precision(device: torch.device, precision: str) -> str:
+    """fp32 or bf16: what `auto` is on this process's device. Asks no other process, which may say otherwise."""
+    return precision if precision != "auto" else "bf16" if _fast_bf16(device) else "fp32"
+
+
 def _own_device(device: torch.device, where: processes.Place) -> torch.device:
     """The device of one of several processes: the CPU, or the accelerator of its number on this machine.
 
@@ -203,5 +208,5 @@ def make_compute(device: torch.device, precision: str = "auto") -> Compute:
         device = _own_device(device, where)
     compute = Compute(device=device, precision=precision, rank=where.rank, world=where.world)
     if precision == "auto":
-        return replace(compute, precision=compute.from_main("bf16" if _fast_bf16(device) else "fp32"))
+        return replace(compute, precision=compute.from_main(own_precision(device, precision)))
     return compute
