@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pixart_tools import save_tiny_pipeline, tiny_pipeline
+from several import together
 
 import grafting
-from grafting import draws
+from grafting import draws, processes
 from grafting.data import load_dataset
 from grafting.data.prompts import read_prompts
 from grafting.data.text import CaptionDataset, pack_captions, unpack_captions
 from grafting.errors import CheckpointError, DataError, GraftError, RunError
 from grafting.synthesis import Synthesis, synthesize
-from grafting.training.compute import Compute
+from grafting.training.compute import Compute, make_compute
 
 PROMPTS = ["the red cat", "a small <b>house</b> under the blue moon", "green sun"]
 CPU = torch.device("cpu")
@@ -104,13 +107,32 @@ def test_a_stop_anywhere_and_any_number_of_processes_give_the_same_bytes(
     assert contents(tmp_path / "stopped") == wanted | {
         "quality.html": (tmp_path / "stopped" / "quality.html").read_bytes()
     }
-    # Two processes: the first begins and stops before its latents, the second does its share, the first goes on.
-    with pytest.raises(Killed):
-        make(pipeline, prompts, tmp_path / "two", world=2, progress=lambda w, d, t: kill("images", 9, 9))
-    make(pipeline, prompts, tmp_path / "three", rank=0, world=1, progress=lambda w, d, t: None)
-    (tmp_path / "two" / "null.safetensors").write_bytes(wanted["null.safetensors"])
-    make(pipeline, prompts, tmp_path / "two", rank=1, world=2)
-    make(pipeline, prompts, tmp_path / "two", rank=0, world=2, resume=True)
+
+
+def made_by_two(pipeline: Path, prompts: Path, out: Path, seconds: float) -> list[str]:
+    """Each its share, the second slowly, where collectives wait for less than a shard takes; what the first says."""
+    compute = make_compute(CPU, "fp32")
+    processes.control()._get_backend(CPU)._set_default_timeout(timedelta(seconds=3))
+    said = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        said.append(f"{what} {done}/{total}")
+        if what == "images" and not compute.is_main:
+            time.sleep(seconds / total)
+
+    make(pipeline, prompts, out, compute.rank, compute.world, progress=progress)
+    compute.wait()  # as a stage of a run ends
+    load_dataset(out)  # which all processes then train on
+    return said
+
+
+def test_the_first_of_several_waits_for_the_shards_of_the_others(
+    pipeline: Path, prompts: Path, pairs: Path, tmp_path: Path
+) -> None:
+    first, second = together(2, made_by_two, pipeline, prompts, tmp_path / "two", 4.5)
+    assert "shards 2/3" in first
+    assert second[-1] == "images 3/3"
+    wanted = contents(pairs)
     for name, content in contents(tmp_path / "two").items():
         if name != "quality.html":
             assert content == wanted[name], name

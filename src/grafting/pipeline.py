@@ -260,6 +260,7 @@ class Pipeline:
             if stage == "distill" and self.keep_stage_1 and self.run.writer:
                 save_graft(student, self.run.path / "stage-1")
             self.run.finish(stage, result)
+        self.compute.wait()  # for the first process to have written
         code = self.compute.agree_to_stop(self.run.stop_requested())
         if code is not None:  # it came after the last step
             raise Interrupted(code, result["steps"])

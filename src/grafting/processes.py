@@ -15,7 +15,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -162,11 +162,11 @@ def orphaned() -> bool:
     return launcher is not None and os.getppid() != int(launcher)
 
 
-def meet() -> None:
+def meet(meanwhile: Callable[[], None] | None = None) -> None:
     """Wait for all processes, however long the slowest works; at once where they are another program's.
 
     A message between processes gives up after `TIMEOUT`, since it can't tell one that works from one that hangs; notes
-    can be read for ever. Raises PeerError as soon as a process has failed or is gone.
+    can be read for ever. `meanwhile` is called between looks. Raises PeerError as soon as a process failed or is gone.
     """
     joined = _notes()
     if joined is None:
@@ -180,6 +180,8 @@ def meet() -> None:
             check_others()
             if any(notes.check([f"left/{r}"]) and not notes.check([names[r]]) for r in range(where.world)):
                 raise PeerError("another process of this run has ended; --resume goes on from what is there")
+            if meanwhile is not None:
+                meanwhile()
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
     except RuntimeError:  # whoever kept the notes is gone

@@ -40,7 +40,7 @@ from grafting.text_inputs import at_size
 from grafting.training.compute import Compute
 
 Progress = Callable[[str, int, int], None]
-SHARD_SECONDS = 2.0  # between looks for the shards of other processes
+VISIBLE_SECONDS = 90.0  # until what another machine wrote is seen on a network disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +111,10 @@ def synthesize(
     )
     job.begin(resume)
     job.encode()
+    compute.wait()
     model = job.load()
     job.sample(model)
-    job.await_others()
+    compute.wait(job.count_shards)  # and none goes on before the slowest has written its last shard
     if compute.is_main:
         job.finish(model)
     return out / "quality.html"
@@ -252,7 +253,7 @@ class _Job:
     def sample(self, model: nn.Module) -> None:
         """Sample the latents of this process's shards that are not there yet."""
         missing = [shard for shard in self.mine if not (self.out / captions.latents_file(shard)).is_file()]
-        null = self.await_file("null.safetensors")
+        null = weights.read_safetensors(self.visible("null.safetensors"))
         total = sum(len(self.rows(shard)) for shard in missing)
         done = 0
         for shard in missing:
@@ -285,20 +286,23 @@ class _Job:
 
     # ---- the end
 
-    def await_file(self, name: str) -> dict[str, Tensor]:
-        """A file that the first process writes."""
-        while not (self.out / name).is_file():
-            time.sleep(SHARD_SECONDS / 10)
-        return weights.read_safetensors(self.out / name)
+    def count_shards(self) -> None:
+        """Say how many shards are there, while the first process waits for those of the others."""
+        if self.compute.is_main:
+            there = sum((self.out / captions.latents_file(s)).is_file() for s in range(self.num_shards))
+            self.progress("shards", there, self.num_shards)
 
-    def await_others(self) -> None:
-        """The first process waits for the shards of the others: no barrier, whose patience would end before theirs."""
-        while self.compute.is_main and self.compute.world > 1:
-            left = sum(not (self.out / captions.latents_file(s)).is_file() for s in range(self.num_shards))
-            if not left:
-                return
-            self.progress("shards", self.num_shards - left, self.num_shards)
-            time.sleep(SHARD_SECONDS)
+    def visible(self, name: str) -> Path:
+        """The path of a file that some process has written. Raises RunError if it is not there."""
+        until = time.monotonic() + VISIBLE_SECONDS
+        while not (self.out / name).is_file():
+            if self.compute.world == 1 or time.monotonic() > until:
+                raise RunError(
+                    f"{str(self.out)!r} lacks {name}, which a process of this run has written; all machines need the "
+                    "same --out, on a shared file system"
+                )
+            time.sleep(0.5)
+        return self.out / name
 
     def finish(self, model: nn.Module) -> None:
         """Hash every file, write the manifest and the page."""
@@ -315,7 +319,7 @@ class _Job:
         self.write_manifest(
             shape=list(family_of(model).sample_shape(model)), caption_width=null["embeds"].shape[1],
             num_tokens=int(null["num_tokens"]),
-            files={name: captions.file_digest(self.out / name) for name in sorted(names)}, complete=True,
+            files={name: captions.file_digest(self.visible(name)) for name in sorted(names)}, complete=True,
         )  # fmt: skip
         write_quality_page(captions.CaptionDataset(self.out), model, self.out / "quality.html", self.folder)
 

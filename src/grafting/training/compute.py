@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,13 +124,15 @@ class Compute:
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=processes.control())
         return int(asked) or None
 
-    def wait(self) -> None:
-        """Wait for all processes, which may take long: the first may be writing, or another still drawing."""
+    def wait(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Wait for all processes, which may take long: the first may be writing, or another still drawing.
+
+        `meanwhile` is called now and then.
+        """
         if self.world > 1:
-            processes.meet()
-        self.agree_to_stop(
-            None
-        )  # all know by now that all are here: the first, who keeps the notes, may go on and end
+            processes.meet(meanwhile)
+        # All know by now that all are here: the first, who keeps the notes, may go on and end.
+        self.agree_to_stop(None)
 
 
 @contextlib.contextmanager

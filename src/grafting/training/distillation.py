@@ -204,6 +204,7 @@ class _Stage:
                 self._validate(done)
             if done % config.checkpoint_every == 0 or done == config.steps:
                 self._checkpoint(done, optimizer, start_error, seconds + clock.seconds)
+                self.compute.wait()  # the first process may still have been writing the one before
 
         if config.keep_best and self.validation:
             for pupil in pupils:

@@ -260,8 +260,10 @@ class _Stage:
                 self._note_validation(course)
             if config.preview_every and done % config.preview_every == 0:
                 self._preview(course)
+                compute.wait()  # the first process may have drawn alone
             if done % config.checkpoint_every == 0 or done == config.steps:
                 self._checkpoint(course)
+                compute.wait()  # the first process may still have been writing the one before
 
         course.ema.swap(self.held.parameters)
         self.held.hand_back()
