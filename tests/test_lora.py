@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pixart_tools import captions, latents, save_tiny_pipeline, tiny_transformer
+from several import together
 from torch import Tensor, nn
 
 import grafting
@@ -18,6 +19,7 @@ from grafting.data.dataset import ImageLabelDataset
 from grafting.errors import CheckpointError, GraftError, RunError
 from grafting.families import family_of
 from grafting.lora import Lora, add_lora, is_lora, lora_of, lora_targets, merge_lora
+from grafting.training import sharding
 
 PLAN = GraftPlan([Replace("mha", [1, 3], "hyena_x"), Replace("mlp", [0], "mlp", {"ratio": 3}, train=False)])
 SMALL: dict[str, Any] = {"batch_size": 4, "num_validation": 0, "precision": "fp32", "steps": 3, "warmup": 0}
@@ -38,6 +40,12 @@ class Pairs:
     def batch(self, indices: Any) -> tuple[Tensor, Caption]:
         return self.x[indices], take(self.cond, torch.as_tensor(indices))
 
+    def subset(self, fraction: float, seed: int = 0) -> Pairs:
+        return self
+
+    def split(self, num_validation: int, seed: int = 0) -> tuple[Pairs, Pairs]:
+        return self, self
+
 
 def predicted(model: nn.Module) -> Tensor:
     with torch.no_grad():
@@ -47,6 +55,23 @@ def predicted(model: nn.Module) -> Tensor:
 @pytest.fixture
 def teacher() -> nn.Module:
     return tiny_transformer()
+
+
+def tuned_beside_its_teacher() -> tuple[set[torch.dtype], bool]:
+    """Stage 2 of a student in parts that shares its teacher's tensors: the teacher's types then, and its output."""
+    # A move that shows on one device, as one from a GPU to the CPU does there.
+    sharding._AWAY = torch.float64
+    teacher = tiny_transformer()
+    before = predicted(teacher)
+    student = grafting.graft(teacher, GraftPlan([Replace("mha", [1], "hyena_x")]), share=True)
+    assert {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
+    config = {**SMALL, "steps": 1, "shard": "full", "lora": {"rank": 2}, "objectives": {"output": 1.0}}
+    grafting.finetune(student, Pairs(), config, teacher)
+    return {p.dtype for p in teacher.parameters()}, torch.equal(predicted(teacher), before)
+
+
+def test_a_student_in_parts_leaves_its_teacher_where_it_is() -> None:
+    assert together(2, tuned_beside_its_teacher) == [({torch.float32}, True)] * 2
 
 
 def test_adapters_change_nothing_until_they_are_trained(teacher: nn.Module) -> None:

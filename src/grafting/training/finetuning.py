@@ -211,7 +211,7 @@ class _Stage:
         if self.config.gradient_checkpointing:
             self.family.set_checkpointing(self.student, True)
         blocks = self.family.block_paths(self.student)
-        self.held = hold(self.student, self.names, blocks, self.compute, self.config.shard)
+        self.held = hold(self.student, self.names, blocks, self.compute, self.config.shard, self.teacher)
         self.held.train(True)
         try:
             with self.writer, compiled(self._compilable(), self.config.compile, self.compute.device):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from grafting.training.compute import Compute
 
 Result = TypeVar("Result")
+_AWAY: torch.device | torch.dtype = torch.device("cpu")  # where a model waits whose weights are cut
 
 
 class Holding(Protocol):
@@ -97,21 +98,23 @@ class _Root(nn.Module):
 class Sharded:
     """A copy of the model cut over all processes: weights, gradients, and what is laid out like them.
 
-    A block is gathered when it computes. The model that was given waits on the CPU.
+    A block is gathered when it computes. The model that was given waits on the CPU, but for tensors that it shares with
+    `beside`, a model that goes on computing with them.
     """
 
     takes_all = True
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], blocks: Sequence[str], compute: Compute
-    ) -> None:
+        self, model: nn.Module, names: Sequence[str], blocks: Sequence[str], compute: Compute,
+        beside: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         self.given, self.compute = model, compute
         self.loss_scale = float(compute.world)  # fully_shard averages gradients over the processes
         inner = copy.deepcopy(model).to(compute.device)
-        model.to("cpu")
+        _send_away(model, beside)
         mesh = init_device_mesh(compute.device.type, (compute.world,))
         for path in dict.fromkeys(blocks):
             fully_shard(inner.get_submodule(path), mesh=mesh, reshard_after_forward=True)
@@ -170,12 +173,28 @@ class Sharded:
                 named[name].copy_(self.whole(name, parameter.detach()))
 
 
+def _send_away(model: nn.Module, beside: nn.Module | None) -> None:
+    """Move a model's own tensors; `Module.to` works in place and would move those that are `beside`'s as well."""
+    kept = set() if beside is None else {id(t) for t in (*beside.parameters(), *beside.buffers())}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.to(_AWAY)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if id(buffer) not in kept:
+                setattr(module, name, buffer.to(_AWAY))
+
+
 def hold(
-    model: nn.Module, names: Sequence[str], blocks: Sequence[str], compute: Compute, shard: str
-) -> Holding:
-    """The model as `shard` says: `none`, or `full` where there are several processes."""
+    model: nn.Module, names: Sequence[str], blocks: Sequence[str], compute: Compute, shard: str,
+    beside: nn.Module | None = None,
+) -> Holding:  # fmt: skip
+    """The model as `shard` says: `none`, or `full` where there are several processes.
+
+    beside: a model on the device that may share tensors with it; those stay where they are.
+    """
     if shard == "full" and compute.world > 1:
-        return Sharded(model, names, blocks, compute)
+        return Sharded(model, names, blocks, compute, beside)
     return Replicated(model, names, compute)
 
 
