@@ -14,6 +14,8 @@ from grafting import GraftPlan, Replace, cli, graft
 from grafting.analysis import estimate, pace
 from grafting.analysis.memory import peak_bytes, weight_bytes
 from grafting.families import family_of
+from grafting.training.acceleration import frozen_copy
+from grafting.training.compute import Compute
 from grafting.training.config import DistillConfig, FinetuneConfig
 from grafting.training.initialization import ReadoutFit
 from grafting.training.loop import samples_per_pass
@@ -37,6 +39,26 @@ def test_memory_of_stage_2_is_what_a_real_pass_holds() -> None:
     assert found["optimizer"] == 2 * 4 * trained
     assert found["average"] == 4 * trained
     assert found["total"] == sum(size for part, size in found.items() if part != "total")
+
+
+def test_the_copy_of_the_teachers_weights_in_bf16_is_counted_where_it_is_made() -> None:
+    plan, bare = GraftPlan([Replace("mha", [1], "swa")]), estimate.meta_copy(tiny_dit())
+    teacher, student = tiny_dit(), graft(bare, plan)
+    copied = frozen_copy(teacher, Compute(torch.device("cpu"), "bf16"))
+    more = weight_bytes(teacher, copied) - weight_bytes(teacher)
+    assert more > weight_bytes(teacher) / 3
+    matched, alone = (FinetuneConfig(steps=1, objectives={name: 1.0}) for name in ("output", "diffusion"))  # type: ignore[dict-item]
+
+    def weights(precision: str) -> list[int]:
+        found = [estimate.distill_memory(bare, student, DistillConfig(steps=1), 2, precision)]
+        found += [
+            estimate.finetune_memory(bare, student, config, 2, precision) for config in (matched, alone)
+        ]
+        return [parts["weights"] for parts in found]
+
+    held = weight_bytes(bare, student)
+    assert weights("fp32") == [held, held, held]
+    assert weights("bf16") == [held + more, held + more, held]
 
 
 SIDE_BY_SIDE = GraftPlan(

@@ -21,6 +21,8 @@ from grafting.families import Site, Tap, family_of
 from grafting.lora import is_lora, lora_of
 from grafting.models.stacked import StackedLinear
 from grafting.surgery import edited_groups, edited_sites
+from grafting.training.acceleration import frozen_copy
+from grafting.training.compute import Compute
 from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
 from grafting.training.finetuning import trained_parameters
 from grafting.training.initialization import ReadoutFit, run_on
@@ -50,7 +52,7 @@ def distill_memory(
     places = {
         pupil.path: pupil.site.path for pupil in pupils_of(family_of(student), student, teacher, config)
     }
-    paths, new = list(places), new_parameters(student)
+    paths, new, reference = list(places), new_parameters(student), _frozen(teacher, precision)
     held = config.num_validation * _sample_bytes(teacher)
 
     def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
@@ -75,10 +77,10 @@ def distill_memory(
         del held
 
     parts = {
-        "weights": weight_bytes(teacher, student),
+        "weights": weight_bytes(teacher, student, reference),
         "optimizer": _optimizer_bytes(student, new, config),
         "best so far and held-out batches": (_bytes(new) if config.keep_best else 0) + held,
-        "activations and gradients": _peak(step, teacher, student, set(map(id, new)), batch_size),
+        "activations and gradients": _peak(step, reference, student, set(map(id, new)), batch_size),
     }  # fmt: skip
     before = (
         parts["weights"] + _bytes(new) + held + _fit_peak(teacher, student, config, batch_size, precision)
@@ -100,6 +102,7 @@ def finetune_memory(
     weights = {str(name): weight for name, weight in config.objectives.items()}
     features, output = weights.get("features", 0) > 0, weights.get("output", 0) > 0
     layers = family.feature_layers(student) if features else ()
+    reference = _frozen(teacher, precision) if features or output else teacher
 
     def step(teacher: nn.Module, student: nn.Module, x: Tensor, t: Tensor, cond: Any) -> None:
         if config.gradient_checkpointing:
@@ -116,11 +119,11 @@ def finetune_memory(
         loss.backward()
 
     return _with_total({
-        "weights": weight_bytes(teacher, student),
+        "weights": weight_bytes(teacher, student, reference),
         "optimizer": _optimizer_bytes(student, trained, config),
         "average": sum(p.numel() * max(4, p.element_size()) for p in trained),
         "held-out batches": config.num_validation * _sample_bytes(student),
-        "activations and gradients": _peak(step, teacher, student, set(map(id, trained)), batch_size),
+        "activations and gradients": _peak(step, reference, student, set(map(id, trained)), batch_size),
     })  # fmt: skip
 
 
@@ -212,7 +215,12 @@ def _fit_peak(
             damped = torch.empty_like(fit.normal)
             torch.empty_like(damped)  # its factors
 
-    return _peak(step, teacher, student, set(), batch_size)
+    return _peak(step, _frozen(teacher, precision), student, set(), batch_size)
+
+
+def _frozen(teacher: nn.Module, precision: str) -> nn.Module:
+    """The teacher as both stages call it: under bf16 with a copy of its linear weights."""
+    return frozen_copy(teacher, Compute(torch.device("cpu"), precision))
 
 
 def _without_values(model: nn.Module, learns: set[str]) -> None:
