@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_dit
 from scipy import stats
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -77,6 +78,40 @@ def test_timestep_bins_are_apart(heavy: Tensor) -> None:
         assert found["variance"][number] == pytest.approx(part.var(), rel=1e-9)
         assert found["kurtosis"][number] == pytest.approx(stats.kurtosis(part, axis=None), rel=1e-7)
     assert (found["variance"][4], found["kurtosis"][4]) == (None, None)
+
+
+def test_what_is_held_at_a_time_is_bounded(data: ImageLabelDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer samples where a batch has more than that, then fewer operators: more passes, the same statistics."""
+    model, asked = tiny_dit(), []  # eight operators of [16, 32] in float32: 4 KiB each for input and output
+    taps, steps = DiTFamily.taps, []
+
+    def counted(self: Any, model: nn.Module, x: Tensor, t: Tensor, cond: Any, paths: Any) -> Any:
+        asked.append((len(x), len(paths)))
+        return taps(self, model, x, t, cond, paths)
+
+    monkeypatch.setattr(DiTFamily, "taps", counted)
+
+    def measured(held: int) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        asked.clear()
+        monkeypatch.setattr("grafting.analysis.activations.HELD_BYTES", held)
+        found = measure_activations(
+            model, data, num_samples=6, batch_size=4, progress=lambda done, total: steps.append((done, total))
+        )
+        return found, list(asked)
+
+    whole, passes = measured(4 * 8 * 4096)
+    assert passes == [(4, 8), (2, 8)] * 2
+    fewer_samples, passes = measured(2 * 8 * 4096)
+    assert passes == [(2, 8)] * 6
+    fewer_operators, passes = measured(3 * 4096)
+    assert passes == [(1, 3)] * 12 + [(1, 3)] * 12 + [(1, 2)] * 12
+    assert steps[-1] == (36, 36)
+    for found in (fewer_samples, fewer_operators):
+        assert [row["path"] for row in found["sites"]] == [row["path"] for row in whole["sites"]]
+        for row, wanted in zip(found["sites"], whole["sites"], strict=True):
+            for side in ("input", "output"):
+                for key in ("mean", "variance", "kurtosis", "max_abs", "q999"):
+                    assert row[side][key] == pytest.approx(wanted[side][key], rel=1e-4, abs=1e-6), (side, key)
 
 
 def test_the_size_of_batches_changes_nothing(heavy: Tensor) -> None:

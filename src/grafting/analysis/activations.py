@@ -5,7 +5,9 @@ Axes: B batch, N tokens, D width, T timestep bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +25,13 @@ from grafting.analysis.observation import (
 )
 from grafting.analysis.regression import choose_loss, recommend
 from grafting.data import DataSource
-from grafting.families import family_of
+from grafting.families import Site, family_of
 from grafting.runs import environment
 from grafting.surgery import source_of
 from grafting.training.loop import Batches
 
 VERSION = 1
+HELD_BYTES = 2 << 30  # of the inputs and outputs that are held at a time
 
 
 def measure_activations(
@@ -44,9 +47,12 @@ def measure_activations(
     """Statistics of inputs and outputs of every operator on noised data, and a stage-1 loss for each, as plain data.
 
     `num_samples` of `data`, each at a uniform timestep as in stage 1, pass through the model twice; outputs are taken
-    before the gate. `sites`: per operator `input` and `output` (keys: see `grafting.analysis.moments.describe`) and
-    `loss`; `recommended`: per target the loss with its reason. Raises GraftError (settings, activations that are not
-    finite), DataError (data of another model).
+    before the gate. Where a batch's would take more than `HELD_BYTES`, batches are smaller, and where those of one
+    sample would, the operators take turns, with two passes for each turn.
+
+    `sites`: per operator `input` and `output` (keys: see `grafting.analysis.moments.describe`) and `loss`;
+    `recommended`: per target the loss with its reason. Raises GraftError (settings, activations that are not finite),
+    DataError (data of another model).
     """
     check_counts(num_samples=num_samples, batch_size=batch_size)
     edges = bin_edges(timestep_bins)
@@ -54,25 +60,33 @@ def measure_activations(
     sites = family.sites(model)
     device = device_of(model)
     batches = Batches(data, family, model, seed=seed, purpose="activations", label_dropout=0.0, device=device)
+    larger = math.prod(data.shape[1:]) / math.prod(
+        family.sample_shape(model)[1:]
+    )  # than what it was built for
+    itemsize = next(model.parameters()).element_size()
+    sizes = [int(2 * site.num_tokens * larger * site.width * itemsize) for site in sites]
+    size, turns = _in_turns(sites, sizes, batch_size)
     done = 0
 
-    def passes() -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+    def passes(turn: Sequence[Site]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
         nonlocal done
-        for chunk in torch.arange(num_samples).split(batch_size):
+        for chunk in torch.arange(num_samples).split(size):
             batch = batches.at(chunk)
             seen: dict[str, Tensor] = {}
             for path, tap in family.taps(
-                model, batch.x_t, batch.t, batch.cond, [s.path for s in sites]
+                model, batch.x_t, batch.t, batch.cond, [s.path for s in turn]
             ).items():
                 check_finite(tap.output, path)
                 seen[f"{path}/input"], seen[f"{path}/output"] = tap.input, tap.output
             yield bin_of(batch.t, timestep_bins), seen
             done += len(chunk)
             if progress:
-                progress(done, 2 * num_samples)
+                progress(done, 2 * num_samples * len(turns))
 
+    found: dict[str, dict[str, Any]] = {}
     with evaluating(model):
-        found = describe(passes, timestep_bins)
+        for turn in turns:
+            found |= describe(partial(passes, turn), timestep_bins)
     rows: list[Mapping[str, Any]] = [
         {
             "layer": site.layer, "path": site.path, "target": site.kind, "operator": site.operator,
@@ -93,3 +107,20 @@ def measure_activations(
         "sites": rows,
         "environment": environment(),
     }  # fmt: skip
+
+
+def _in_turns(sites: Sequence[Site], sizes: Sequence[int], batch_size: int) -> tuple[int, list[list[Site]]]:
+    """Samples at a time, and which sites together, so that inputs and outputs stay within `HELD_BYTES`.
+
+    sizes: bytes of both at each site, of one sample. Fewer samples come first: they cost no further pass.
+    """
+    samples = min(batch_size, max(1, HELD_BYTES // sum(sizes)))
+    turns: list[list[Site]] = []
+    held = 0
+    for site, size in zip(sites, sizes, strict=True):
+        held += samples * size
+        if not turns or held > HELD_BYTES:
+            turns.append([])
+            held = samples * size
+        turns[-1].append(site)
+    return samples, turns
