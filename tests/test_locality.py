@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from grafting import GraftError, GraftPlan, Parallelize, Replace, draws, explain, graft, load_model
-from grafting.analysis.bands import band_mass, default_width, uniform_mass
+from grafting.analysis.bands import CACHED, LARGE, at_once, band_mass, default_width, uniform_mass
 from grafting.analysis.locality import measure_locality
 from grafting.analysis.observation import bin_edges, bin_of
 from grafting.cli import app
@@ -176,6 +176,16 @@ def test_maps_with_a_closed_form() -> None:
     shifted = torch.roll(own, 2, dims=2)
     assert band_mass(own, shifted, [1]).item() == pytest.approx(0.0, abs=1e-6)
     assert band_mass(own, shifted, [2]).item() == pytest.approx((num_tokens - 2) / num_tokens, abs=1e-6)
+
+
+def test_a_block_has_the_queries_of_one_sample_before_those_of_others() -> None:
+    assert at_once(50, 16, 16384, LARGE) == (
+        1,
+        128,
+    )  # PixArt at 2048x2048: of 50 samples at once it would be two
+    assert at_once(50, 16, 256, LARGE) == (32, 256)
+    assert at_once(50, 6, 64, CACHED) == (21, 64)
+    assert at_once(2, 16, 2**20, CACHED) == (1, 1)
 
 
 def test_half_precision_inputs_are_read_in_float32() -> None:

@@ -20,7 +20,7 @@ def band_mass(q: Tensor, k: Tensor, widths: Sequence[int], *, max_scores: int | 
     """L_k = 1/N sum_ij A_ij [|i - j| <= k] for every width k: float32 [K, B, H] (arXiv 2506.05340, section 4).
 
     q, k: [B, H, N, d], the map being A = softmax(q k^T / sqrt(d)) over all N keys. Blocks of queries meet all keys at
-    once, in float32: at most `max_scores` scores, or one row of every map, so memory is linear in N.
+    once, in float32: at most `max_scores` scores, or one row of a sample's maps, so memory is linear in N.
     Raises GraftError for shapes that have no square map, and widths that are no band.
     """
     if q.ndim != 4 or q.shape != k.shape:
@@ -35,18 +35,29 @@ def band_mass(q: Tensor, k: Tensor, widths: Sequence[int], *, max_scores: int | 
     widest = max(widths)
     if max_scores is None:
         max_scores = CACHED if q.device.type == "cpu" else LARGE
-    block = max(1, min(num_tokens, max_scores // (batch * heads * num_tokens)))
+    samples, block = at_once(batch, heads, num_tokens, max_scores)
     total = torch.zeros(len(widths), batch * heads, device=q.device)
     for start in range(0, num_tokens, block):
-        queries = q[:, :, start : start + block].float() * width**-0.5
-        weights = torch.matmul(queries, keys).softmax(dim=-1)  # [B, H, Q, N]
         first, last = max(0, start - widest), min(num_tokens, start + block + widest)
         i = torch.arange(start, min(start + block, num_tokens), device=q.device).view(1, -1, 1)
         j = torch.arange(first, last, device=q.device).view(1, 1, -1)
         inside = ((i - j).abs() <= limits).float()  # [K, Q, band]
-        band = weights[..., first:last].reshape(batch * heads, -1)
-        total += torch.matmul(inside.flatten(1), band.t())  # (an einsum over b, h, q, j is many times slower)
+        for b in range(0, batch, samples):
+            queries = q[b : b + samples, :, start : start + block].float() * width**-0.5
+            weights = torch.matmul(queries, keys[b : b + samples]).softmax(dim=-1)  # [some of B, H, Q, N]
+            band = weights[..., first:last].reshape(queries.shape[0] * heads, -1)
+            # (an einsum over b, h, q, j is many times slower)
+            total[:, b * heads : (b + samples) * heads] += torch.matmul(inside.flatten(1), band.t())
     return total.view(-1, batch, heads) / num_tokens
+
+
+def at_once(batch: int, heads: int, num_tokens: int, max_scores: int) -> tuple[int, int]:
+    """How many samples, and how many of their queries, have at most `max_scores` scores; at least one of both.
+
+    Queries of one sample come before further samples: they share its keys, and a block of few is a slow product.
+    """
+    block = max(1, min(num_tokens, max_scores // (heads * num_tokens)))
+    return max(1, min(batch, max_scores // (heads * num_tokens * block))), block
 
 
 def uniform_mass(num_tokens: int, width: int) -> float:
