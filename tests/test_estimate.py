@@ -237,7 +237,7 @@ def test_seconds_of_stage_1(changes: dict[str, object], processes: int, teacher_
     )
     learned, updates = (3 + 3) * 800 / processes, 100 * 7 * params
     held_out = 16 / processes
-    beside = (5 + 2 + 2) * (held_out * (4 + 3) + 32)  # and calibration samples: teacher and both operators
+    beside = (5 + 2 + 2) * (held_out * (4 + 5) + 32)  # and calibration samples: teacher and both operators
     assert found == pytest.approx(5 * teacher_passes + learned + updates + beside, rel=1e-12)
 
 

@@ -28,10 +28,10 @@ from grafting.runs import RunFolder
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 from grafting.training.config import FinetuneConfig
-from grafting.training.finetuning import trained_parameters
 from grafting.training.initialization import ReadoutFit
 from grafting.training.loop import Batches, Interrupted, Quiet, family_and_model, learning_rate, step_index
 from grafting.training.objectives import mixed_loss
+from grafting.training.trained import trained_parameters
 
 STAGE_1 = {
     "steps": 3,

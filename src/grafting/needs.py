@@ -113,8 +113,9 @@ def _bound(recipe: Recipe, stage: str, teacher: nn.Module, processes: int) -> in
 
 def _cut(parts: dict[str, int], teacher: nn.Module, student: nn.Module, processes: int) -> dict[str, int]:
     """What a process holds of a student that is cut over all of them; blocks that are gathered are not counted."""
+    own = weight_bytes(teacher, student) - weight_bytes(teacher)  # what is not the teacher's own
     left = {
-        "weights": weight_bytes(teacher) + weight_bytes(student) // processes,
+        "weights": parts["weights"] - own + own // processes,
         "optimizer": parts["optimizer"] // processes,
         "average": parts["average"] // processes,
     }

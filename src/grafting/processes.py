@@ -32,6 +32,7 @@ _SEVERAL = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE",
     "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
 )  # fmt: skip
+_ENDED = "another process of this run has ended; what is finished is kept: start again to go on (--resume)"
 _PATIENCE = 3.0  # seconds to learn why another process went away
 _FAREWELL = 5.0  # seconds that the first process waits for the others, for it keeps the shared notes
 
@@ -179,15 +180,13 @@ def meet(meanwhile: Callable[[], None] | None = None) -> None:
         while not notes.check(names):
             check_others()
             if any(notes.check([f"left/{r}"]) and not notes.check([names[r]]) for r in range(where.world)):
-                raise PeerError("another process of this run has ended; --resume goes on from what is there")
+                raise PeerError(_ENDED)
             if meanwhile is not None:
                 meanwhile()
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
     except RuntimeError:  # whoever kept the notes is gone
-        raise PeerError(
-            "another process of this run has ended; --resume goes on from what is there"
-        ) from None
+        raise PeerError(_ENDED) from None
 
 
 def check_others() -> None:
@@ -200,9 +199,7 @@ def check_others() -> None:
     except (RuntimeError, ValueError):  # whoever kept the notes is gone
         lost = True
     if lost:
-        raise PeerError(
-            "another process of this run has ended; what is finished is kept: start again to go on"
-        )
+        raise PeerError(_ENDED)
 
 
 def settle(code: int, message: str, *, lost: bool = False) -> tuple[int, bool]:

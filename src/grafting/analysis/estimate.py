@@ -24,10 +24,10 @@ from grafting.surgery import edited_groups, edited_sites
 from grafting.training.acceleration import frozen_copy
 from grafting.training.compute import Compute
 from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
-from grafting.training.finetuning import trained_parameters
 from grafting.training.initialization import ReadoutFit, run_on
 from grafting.training.pupils import pupils_of
 from grafting.training.starts import in_turns
+from grafting.training.trained import trained_parameters
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

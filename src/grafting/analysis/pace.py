@@ -7,6 +7,7 @@ exchange between processes. Axes: B batch, N tokens, D width.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,12 +21,12 @@ from grafting import operators
 from grafting.analysis.estimate import as_it_learns, learning_sites, new_parameters
 from grafting.analysis.latency import synchronize
 from grafting.families import Site, family_of
-from grafting.surgery import edited_sites
+from grafting.surgery import edited_groups, edited_sites
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
-from grafting.training.finetuning import trained_parameters
 from grafting.training.loop import EMA
 from grafting.training.optimizers import make_optimizer
+from grafting.training.trained import trained_parameters
 
 LARGE, FEWER = 2e11, 1024  # FLOPs of a pass above which a CPU is timed on fewer tokens, and how many
 ENOUGH = 0.05  # seconds that a timed pass should take; its batch grows until then
@@ -188,8 +189,17 @@ def distill_seconds(
     else:
         passes = visits / config.reuse / processes
     update = params * watch.update(family_of(teacher).sites(teacher)[0], config, False)
-    held_out = config.num_validation / processes * (config.steps / config.validate_every + 3)
-    fit = config.fit_samples if config.fit_readout else 0
+    learning = [
+        entry
+        for _, entry in (*edited_sites(student).values(), *edited_groups(student).values())
+        if entry.train
+    ]
+    copied = any(entry.init == "donor" for entry in learning)
+    fitted = copied and config.fit_readout
+    # Beside those on the way: of random starts, of copied and of fitted ones, at step 0 and at the end.
+    passes_held_out = math.ceil(config.steps / config.validate_every) + 3 + copied + fitted
+    held_out = config.num_validation / processes * passes_held_out
+    fit = config.fit_samples * fitted
     trained = learn * visits / processes + config.steps * update
     return taps * passes + trained + (taps + apply) * (held_out + fit)
 

@@ -43,16 +43,12 @@ def refuse_several(what: str) -> None:
 
 
 def parse_dtype(name: str | None) -> Any:
-    if name is None:
+    """A type of weights by its name, or None. Raises GraftError."""
+    if name is None:  # without importing torch
         return None
-    import torch
+    from grafting.loading import as_dtype
 
-    from grafting.errors import GraftError
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise GraftError(f"unknown dtype {name!r}: expected one of {', '.join(known)}")
-    return known[name]
+    return as_dtype(name)
 
 
 def check_common(device: str, dtype: str | None = None) -> None:

@@ -102,17 +102,6 @@ class Compute:
             dist.broadcast_object_list(box, 0, group=processes.control())
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
-        """The values of all processes, in order, on the first; an empty list on the others."""
-        if self.world == 1:
-            return [value]
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.world
-        with _reaching_others():
-            dist.gather_object(value, found if self.is_main else None, 0, group=processes.control())
-        return found if self.is_main else []
-
     def agree_to_stop(self, code: int | None) -> int | None:
         """The exit status that a signal to any process asked for: all stop at the same step."""
         if self.world == 1:

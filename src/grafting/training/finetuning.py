@@ -17,8 +17,7 @@ from grafting.data import DataSource, as_data
 from grafting.diffusion import loss_from_output, sample
 from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family
-from grafting.lora import Lora, add_lora, is_lora, lora_of, lora_targets
-from grafting.surgery import edited_groups, edited_sites
+from grafting.lora import is_lora
 from grafting.training.acceleration import compiled, frozen_copy
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import FinetuneConfig, settings
@@ -43,6 +42,7 @@ from grafting.training.objectives import mixed_loss
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
 from grafting.training.saving import CheckpointWriter
 from grafting.training.sharding import hold, optimizer_state
+from grafting.training.trained import adapt, trained_parameters
 
 STAGE = "finetune"
 _Losses = tuple[dict[str, Tensor], Tensor]  # of one step: the loss under "" and its terms; the gradient norm
@@ -94,52 +94,10 @@ def finetune(
     if config.shard == "none" or compute.world == 1:
         student.to(compute.device)
     if config.lora is not None:
-        _adapt(student, config)
+        adapt(student, config.lora, config.seed or 0)
     if teacher is not None:
         teacher = teacher.to(compute.device).eval()
     return _Stage(family, student, teacher, as_data(data), config, compute, journal or Quiet()).run()
-
-
-def _adapt(student: nn.Module, config: FinetuneConfig) -> None:
-    """Put the adapters of the settings on the student, unless it has the same already."""
-    assert config.lora is not None
-    rank, alpha, present = config.lora.rank, config.lora.alpha, lora_of(student)
-    if present is None:
-        targets = lora_targets(student, config.lora.targets)
-        add_lora(student, Lora(rank=rank, alpha=alpha, targets=targets), config.seed or 0)
-    elif (present.rank, present.alpha) != (rank, alpha):
-        raise RunError(
-            f"finetune: the student has LoRA adapters of rank {present.rank} and alpha {present.alpha:g} already; give "
-            "the same, or merge them first (grafting.lora.merge_lora)"
-        )
-
-
-def trained_parameters(family: Family, student: nn.Module, what: str) -> dict[str, nn.Parameter]:
-    """Named parameters that stage 2 trains: all, those of the edited blocks, or those of the new operators.
-
-    Parameters of operators with `train: false` and fixed tables are never among them. Raises PlanError.
-    """
-    sites, groups = edited_sites(student), edited_groups(student)
-    kept = [path for path, (_, entry) in sites.items() if not entry.train]
-    kept += [path for path, (_, entry) in groups.items() if not entry.train]
-    fixed = tuple(f"{path}." for path in kept)
-    parameters = {
-        name: p
-        for name, p in student.named_parameters()
-        if p.requires_grad and not name.startswith(fixed or ("\0",))
-    }
-    if what == "all":
-        return parameters
-    if not sites and not groups:
-        raise PlanError(
-            f"train: {what} needs an edited model; this one has no replaced operators or groups of blocks"
-        )
-    prefixes = tuple(f"{path}." for path in (*sites, *groups))  # all of a group is new
-    if what == "blocks":
-        edited = {site.layer for site, _ in sites.values()}
-        present = zip(family.block_paths(student), family.layout(student), strict=True)
-        prefixes += tuple(f"{path}." for path, layers in present if edited & set(layers))
-    return {name: p for name, p in parameters.items() if name.startswith(prefixes)}
 
 
 @dataclass
