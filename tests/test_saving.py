@@ -89,7 +89,7 @@ def test_written_late_a_checkpoint_has_the_bytes_that_it_has_when_training_waits
     assert late.behind[-1] == 0
     assert late.writers == {"grafting-checkpoint"}
 
-    def save(self: CheckpointWriter, step: int, state: Any) -> None:
+    def save(self: CheckpointWriter, step: int, state: Any, given: Any = ()) -> None:
         self.journal.save_checkpoint(self.stage, step, state, self.keep)
 
     monkeypatch.setattr(CheckpointWriter, "save", save)
@@ -112,6 +112,9 @@ def test_a_snapshot_shares_nothing_and_keeps_what_a_state_dict_carries() -> None
     assert found["a"]["weight"].abs().min() > 0
     assert found["b"][0].tolist() == [1, 1]
     assert found["c"] == {1: [1, 2]}
+    given = torch.ones(2)
+    own = snapshot({"given": given, "other": torch.ones(2)}, [given])[0]
+    assert own["given"] is given  # on the host already, and nobody else's
 
 
 class Recorder(Quiet):
@@ -145,7 +148,7 @@ def test_one_is_written_at_a_time_and_the_end_waits_for_the_last() -> None:
 
 
 def test_nothing_is_copied_for_a_journal_that_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(state: Any) -> Any:
+    def refuse(*_: Any) -> Any:
         raise AssertionError
 
     monkeypatch.setattr("grafting.training.saving.snapshot", refuse)

@@ -22,18 +22,25 @@ from grafting.formats.limits import check_pickle, check_safetensors, check_tenso
 Tensors = dict[str, Tensor]
 
 
-def read_pickled(path: Path) -> Any:
+def read_pickled(path: Path, *, mapped: bool = False) -> Any:
     """The content of a `.pt` file by PyTorch's restricted unpickler, which builds tensors and plain data only.
 
     `argparse.Namespace` (the published files keep their arguments in one) is admitted: it is inert. Raises
     CheckpointError for anything else, for a damaged or empty file, and for one that would unpack to more than it is.
+    mapped: tensors are the file's own pages, which processes share and the system may drop; where a file system can't
+    do that, they are read. Whoever keeps one copies it: on a network a page of a file that is gone ends the process.
     """
     _check_file(path)
     try:
         check_pickle(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about old forms of files; the error that follows says enough
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            except RuntimeError as error:
+                if not mapped or "unable to mmap" not in str(error):
+                    raise
+                content = torch.load(path, map_location="cpu", weights_only=True)
         check_tensors(content, path.stat().st_size)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

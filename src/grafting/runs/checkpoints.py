@@ -29,7 +29,7 @@ def save_checkpoint(
 
     given_up: asked while writing; True ends it. Raises CheckpointError; the earlier checkpoints are then as they were.
     """
-    path = folder / f"{step:09d}.pt"
+    path = _path(folder, step)
     if path.exists() and _is_whole(path):  # stopped where it has just been saved: the state is the same
         return
     path.unlink(missing_ok=True)
@@ -51,13 +51,23 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint, or None; each one that is not whole is named and passed over."""
+    """The newest whole checkpoint, or None; each one that is not whole is named and passed over.
+
+    Its tensors are pages of the file (`weights.read_pickled`): copy what is kept.
+    """
     for path in sorted(folder.glob("*.pt"), reverse=True):
         try:
+            _check(path)
             return _read(path)
         except GraftError as error:
             warn(f"warning: {error}; using the checkpoint before it")
     return None
+
+
+def read_checkpoint(folder: Path, step: int) -> dict[str, Any] | None:
+    """As `load_checkpoint`, that after `step`, which another process has found whole; None where it is not there."""
+    path = _path(folder, step)
+    return _read(path) if path.is_file() else None
 
 
 def newest_step(folder: Path) -> int | None:
@@ -65,9 +75,12 @@ def newest_step(folder: Path) -> int | None:
     return max((int(path.stem) for path in folder.glob("*.pt") if path.stem.isdecimal()), default=None)
 
 
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"{step:09d}.pt"
+
+
 def _read(path: Path) -> dict[str, Any]:
-    _check(path)
-    state = weights.read_pickled(path)
+    state = weights.read_pickled(path, mapped=True)
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise CheckpointError(f"checkpoint {path} does not hold the state of a stage")
     return state

@@ -319,12 +319,16 @@ class RunFolder:
             self.path / "checkpoints" / stage, step, state, keep, score, given_up=lambda: self._at_once
         )
 
-    def load_checkpoint(self, stage: str) -> dict[str, Any] | None:
+    def load_checkpoint(self, stage: str, step: int | None = None) -> dict[str, Any] | None:
         """The newest whole checkpoint of a stage; a damaged one is named and the one before is used.
 
-        Lines of metrics.jsonl that lie after it are dropped: the resumed stage writes them again.
+        step: that of this step, which the first process has checked. The tensors are pages of the file: copy what is
+        kept. Lines of metrics.jsonl that lie after it are dropped: the resumed stage writes them again.
         """
-        state = checkpoints.load_checkpoint(self.path / "checkpoints" / stage, self.console.say)
+        folder = self.path / "checkpoints" / stage
+        if step is not None:
+            return checkpoints.read_checkpoint(folder, step)
+        state = checkpoints.load_checkpoint(folder, self.console.say)
         step = state["step"] if state is not None else -1
         if self.writer:
             self._metrics.drop(stage, after=step)

@@ -161,10 +161,11 @@ class _Stage:
         )
         if state is None:
             start_error = self._start()
-            first, seconds = 0, 0.0
+            first, seconds, losses = 0, 0.0, dict[str, list[Tensor]]()
             self.compute.equalise([v for pupil in pupils for v in pupil.operator.state_dict().values()])
         else:
-            start_error, first, seconds = self._restore(state, optimizer)
+            start_error, first, seconds, losses = self._restore(state, optimizer)
+            del state  # the file is open as long as it is there
         cache = None
         if config.mode == "cached":
             cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
@@ -175,10 +176,6 @@ class _Stage:
                 passes=config.reuse_passes,
             )  # fmt: skip
         clock = Clock(first, config.steps)
-        losses: dict[str, list[Tensor]] = {
-            path: [loss.to(self.compute.device) * self.compute.is_main for loss in values]  # they are summed
-            for path, values in (state["unlogged"] if state is not None else {}).items()
-        }
         done = first
 
         for step in range(first, config.steps):
@@ -361,12 +358,17 @@ class _Stage:
 
     def _restore(
         self, state: dict[str, Any], optimizer: Optimizers
-    ) -> tuple[dict[str, dict[str, float]], int, float]:
+    ) -> tuple[dict[str, dict[str, float]], int, float, dict[str, list[Tensor]]]:
+        """Errors at the start, steps, seconds, and losses since the last line of the log; no tensor of `state`."""
         for pupil in self.pupils:
             pupil.restore(state["pupils"][pupil.path])
         optimizer.load_state_dict(state["optimizer"])
         self.bad = BadSteps(self.compute.device, state["skipped"], state["in_a_row"])
-        return state["start_error"], state["step"], state["seconds"]
+        losses = {
+            path: [loss.to(self.compute.device) * self.compute.is_main for loss in values]  # they are summed
+            for path, values in state["unlogged"].items()
+        }
+        return state["start_error"], state["step"], state["seconds"], losses
 
     def _flops(self, visits: int) -> float:
         """One whole teacher pass, and three operator passes (forward, backward twice) of all pupils, per visit.

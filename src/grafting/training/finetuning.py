@@ -252,12 +252,14 @@ class _Stage:
             for name, value in state["parameters"].items():
                 held.parameters[name].copy_(held.part(name, value))
         ema = EMA(held.parameters, self.decay)
-        ema.values = {name: held.part(name, value.to(device)) for name, value in state["ema"].items()}
+        ema.values = {
+            name: held.part(name, value.to(device, copy=True)) for name, value in state["ema"].items()
+        }
         optimizer.load_state_dict(optimizer_state(state["optimizer"], self.names, held.part))
         window = [
             (
                 {k: v.to(device) * compute.is_main for k, v in losses.items()},
-                norm.to(device),
+                norm.to(device, copy=True),
             )  # they are summed
             for losses, norm in state["unlogged"]
         ]
@@ -359,9 +361,14 @@ class _Stage:
         if not (main or held.takes_all):
             return
 
+        gathered: list[Tensor] = []
+
         def kept(name: str, value: Tensor) -> Tensor:
             whole = held.whole(name, value)
-            return whole if main else whole.new_empty(0)
+            if not held.takes_all:
+                return whole
+            gathered.append(whole.cpu() if main else torch.empty(0))  # at once: not all fit a device whole
+            return gathered[-1]
 
         state = {
             "step": course.step, "seconds": course.seconds, "validation": course.validation,
@@ -372,7 +379,7 @@ class _Stage:
             "unlogged": list(course.window),
         }  # fmt: skip
         if main:
-            self.writer.save(course.step, state)
+            self.writer.save(course.step, state, gathered)
 
     def _flops(self, visits: int) -> float:
         """Three student passes (forward, backward twice) per visit, and one of the teacher where it is matched."""

@@ -36,6 +36,7 @@ class Journal(Protocol):
     """Where a stage reports to and keeps its state. A run folder is one; `Quiet` keeps nothing.
 
     `save_checkpoint` is called from another thread, while training goes on, one call at a time; the state is its own.
+    `load_checkpoint` gives the newest, on other processes than the first that of the step that the first one found.
     """
 
     @property
@@ -46,7 +47,7 @@ class Journal(Protocol):
     def progress(self, stage: str, step: int, total: int, text: str) -> None: ...
     def preview(self, stage: str, step: int, samples: Tensor) -> None: ...
     def save_checkpoint(self, stage: str, step: int, state: Mapping[str, Any], keep: int) -> None: ...
-    def load_checkpoint(self, stage: str) -> dict[str, Any] | None: ...
+    def load_checkpoint(self, stage: str, step: int | None = None) -> dict[str, Any] | None: ...
     def stop_requested(self) -> int | None: ...
     def scratch(self) -> Path | None: ...
 
@@ -74,7 +75,7 @@ class Quiet:
     def save_checkpoint(self, stage: str, step: int, state: Mapping[str, Any], keep: int) -> None:
         pass
 
-    def load_checkpoint(self, stage: str) -> dict[str, Any] | None:
+    def load_checkpoint(self, stage: str, step: int | None = None) -> dict[str, Any] | None:
         return None
 
     def stop_requested(self) -> int | None:
@@ -187,12 +188,19 @@ def held_out_shares(
 
 
 def load_checkpoint(journal: Journal, stage: str, compute: Compute) -> dict[str, Any] | None:
-    """The newest checkpoint of a stage, the same one on all processes. Raises RunError if they see different ones."""
-    state = journal.load_checkpoint(stage)
-    step = state["step"] if state is not None else None
-    if compute.from_main(step) != step:
+    """The newest checkpoint of a stage: the first process chooses and checks it, the others read the same one.
+
+    Its tensors may be pages of a file: what is kept of them has to be copied. Raises RunError where a process does not
+    have it.
+    """
+    state = journal.load_checkpoint(stage) if compute.is_main else None
+    step = compute.from_main(None if state is None else state["step"])
+    if compute.is_main or step is None:
+        return state
+    state = journal.load_checkpoint(stage, step)
+    if state is None or state["step"] != step:
         raise RunError(
-            f"process {compute.rank} finds the {stage} checkpoint of step {step}, the first process another one; "
+            f"process {compute.rank} does not find the {stage} checkpoint of step {step}, which the first process has; "
             "all machines need the same run folder, on a shared file system"
         )
     return state

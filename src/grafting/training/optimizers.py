@@ -95,9 +95,13 @@ class Optimizers:
         return {str(number): part.state_dict() for number, part in enumerate(self.parts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, of which nothing is kept: PyTorch would keep what is on its device already."""
         for number, part in enumerate(self.parts):
             part.load_state_dict(state[str(number)])
+            for entries in part.state.values():
+                for name, value in entries.items():
+                    if isinstance(value, Tensor) and value.device.type == "cpu":
+                        entries[name] = value.clone()
 
 
 def make_optimizer(

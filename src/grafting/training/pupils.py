@@ -69,10 +69,11 @@ class Pupil:
         }  # fmt: skip
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`, of whose tensors none is kept."""
         self.operator.load_state_dict(saved["state"])
         self.best, self.best_step, self.stale = saved["best"], saved["best_step"], saved["stale"]
-        self.best_state, self.rested_at, self.loss = saved["best_state"], saved["rested_at"], saved["loss"]
+        self.best_state = {name: value.clone() for name, value in saved["best_state"].items()}
+        self.rested_at, self.loss = saved["rested_at"], saved["loss"]
 
 
 def pupils_of(family: Family, student: nn.Module, teacher: nn.Module, config: DistillConfig) -> list[Pupil]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,13 +26,16 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write `state`, as it is now, as that after `step`; waits only for the checkpoint before it."""
+    def save(self, step: int, state: Mapping[str, Any], given: Sequence[Tensor] = ()) -> None:
+        """Write `state`, as it is now, as that after `step`; waits only for the checkpoint before it.
+
+        given: tensors of it on the host that nobody else has: they are not copied.
+        """
         self.wait()
         if not self.journal.keeps_checkpoints:
             return
         self._thread = threading.Thread(
-            target=self._write, args=(step, *snapshot(state)), name="grafting-checkpoint"
+            target=self._write, args=(step, *snapshot(state, given)), name="grafting-checkpoint"
         )
         self._thread.start()
 
@@ -66,13 +69,16 @@ class CheckpointWriter:
                 raise
 
 
-def snapshot(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[torch.cuda.Event]]:
-    """A copy of `state` on the host that shares nothing with it, and what to wait for before it is read.
+def snapshot(
+    state: Mapping[str, Any], given: Sequence[Tensor] = ()
+) -> tuple[dict[str, Any], list[torch.cuda.Event]]:
+    """A copy of `state` on the host that shares nothing with it but `given`, and what to wait for before it is read.
 
     From CUDA into pinned memory: the copies queue before whatever the device is given next, and the host goes on.
     """
     tensors = {id(tensor): tensor for tensor in _tensors(state)}
-    copies: dict[int, Any] = {key: _on_host(tensor.detach()) for key, tensor in tensors.items()}
+    copies: dict[int, Any] = {id(tensor): tensor for tensor in given}
+    copies |= {key: _on_host(tensor.detach()) for key, tensor in tensors.items() if key not in copies}
     devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
     copying = [torch.cuda.current_stream(device).record_event() for device in devices]
     return copy.deepcopy(dict(state), copies), copying
