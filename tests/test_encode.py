@@ -214,19 +214,27 @@ def test_two_processes_one_of_which_dies(world: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "z") == files(world / "whole")
 
 
-@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0)])
+@pytest.mark.parametrize(
+    ("order", "names"),
+    [((1, 0, 2), ("RANK", "WORLD_SIZE")), ((2, 1, 0), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))],
+    ids=["torchrun", "srun"],
+)
 def test_processes_of_a_launcher_need_not_meet(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    order: tuple[int, ...],
+    names: tuple[str, str],
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv(names[1], "3")
     found = []
     for rank in order:
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv(names[0], str(rank))
         found.append(encode_images(world / "images", tmp_path / "z", config(world)))
     assert [manifest is not None for manifest in found] == [False, False, True]
     assert files(tmp_path / "z") == files(world / "whole")
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(DataError, match="RANK='3'"):
+    monkeypatch.setenv(names[0], "3")
+    with pytest.raises(GraftError, match="RANK=3 of WORLD_SIZE=3"):
         encode_images(world / "images", tmp_path / "z", config(world))
 
 

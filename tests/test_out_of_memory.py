@@ -14,7 +14,7 @@ import torch
 from tiny_runs import tiny_pipeline, tiny_recipe
 
 from grafting import needs, pipeline, rehearsal
-from grafting.analysis.memory import gigabytes
+from grafting.analysis.memory import gigabytes, weight_bytes
 from grafting.cli.entry import main
 from grafting.console import Console
 from grafting.errors import GraftError, OutOfMemoryError
@@ -167,13 +167,21 @@ def test_the_bound_is_above_the_count(tmp_path: Path, stage: str) -> None:
 
 
 def test_a_student_that_is_cut_is_counted_so(tmp_path: Path) -> None:
-    recipes = [load_recipe(tiny_recipe(tmp_path, finetune={"shard": shard})) for shard in ("none", "full")]
+    tune = {"precision": "bf16", "objectives": {"output": 1.0}}
+    recipes = [
+        load_recipe(tiny_recipe(tmp_path, finetune={**tune, "shard": shard})) for shard in ("none", "full")
+    ]
     teacher = Pipeline(recipes[0], RunFolder(tmp_path / "new", Console(quiet=True))).teacher
     whole, cut = (needs.expected(recipe, "finetune", teacher, torch.device("cpu"), 4) for recipe in recipes)
     assert whole is not None
     assert cut is not None
     assert cut["optimizer"] == whole["optimizer"] // 4
     assert cut["average"] == whole["average"] // 4
+    plan = recipes[0].graft_plan
+    student = needs.student_of(recipes[0], "finetune", teacher, plan)
+    own = weight_bytes(teacher, student) - weight_bytes(teacher)
+    assert whole["weights"] > weight_bytes(teacher, student)  # the teacher's copy in bf16 is in it, and stays
+    assert whole["weights"] - cut["weights"] == own - own // 4
     gone = whole["activations and gradients"] - cut["activations and gradients"]
     assert gone == pytest.approx(3 / 4 * whole["optimizer"] / 2, abs=1)
     assert cut["total"] == sum(size for name, size in cut.items() if name != "total")

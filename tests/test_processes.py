@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -313,6 +314,26 @@ def test_the_launcher_ends_as_its_worker(
     stderr = capfd.readouterr().err
     assert stderr.startswith(line)
     assert stderr.count("\n") == (1 if line else 0)
+
+
+def test_a_signal_reaches_a_worker_that_is_just_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each: a second one would ask for an end at once."""
+    begin, told = subprocess.Popen, list[tuple[int, int]]()
+
+    class Worker(begin):  # type: ignore[type-arg,misc,valid-type]
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            self.rank = int(options["env"]["RANK"])
+            if self.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def send_signal(self, number: int) -> None:
+            told.append((self.rank, number))
+            super().send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Worker)
+    assert launch([], 3, ("-c", "import time; time.sleep(60)")) == 143
+    assert sorted(told) == [(0, 15), (1, 15), (2, 15)]
 
 
 def test_what_is_done_alone_sees_no_others(monkeypatch: pytest.MonkeyPatch) -> None:

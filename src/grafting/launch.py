@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
 from grafting.errors import PeerError, RunError
@@ -38,7 +39,7 @@ def launch(arguments: Sequence[str], processes: int, command: Sequence[str] = ("
     """
     workers: list[subprocess.Popen[bytes]] = []
     try:
-        with _passing_on(workers) as seen:  # before the first is started: a signal may come at once
+        with _passing_on(workers, processes) as (seen, deliver):  # a signal may come at once
             port = _free_port()
             for rank in range(processes):
                 workers.append(subprocess.Popen(
@@ -46,6 +47,7 @@ def launch(arguments: Sequence[str], processes: int, command: Sequence[str] = ("
                     stdin=subprocess.DEVNULL, stdout=None if rank == 0 else subprocess.DEVNULL,
                     start_new_session=True,  # so that a Ctrl-C reaches them once, through us
                 ))  # fmt: skip
+                deliver()  # what came before it was in the list
             return _watch(workers, seen)
     finally:
         for worker in workers:
@@ -71,19 +73,31 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[signal.Signals]]:
-    """While inside, SIGINT and SIGTERM go to every worker."""
+def _passing_on(
+    workers: Sequence[subprocess.Popen[bytes]], processes: int
+) -> Iterator[tuple[list[signal.Signals], Callable[[], None]]]:
+    """While inside, SIGINT and SIGTERM go to every worker once, also to those that are still to be started.
+
+    Yields the signals seen, and what hands those that are waiting to the workers that have come.
+    """
     seen: list[signal.Signals] = []
+    waiting: list[deque[int]] = [deque() for _ in range(processes)]
+
+    def deliver() -> None:
+        for worker, numbers in zip(workers, waiting, strict=False):
+            with contextlib.suppress(IndexError):
+                while worker.poll() is None:
+                    worker.send_signal(numbers.popleft())  # taken by one of us, should a signal come just now
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         seen.append(signal.Signals(number))
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+        for numbers in waiting:
+            numbers.append(number)
+        deliver()
 
     previous = {number: signal.signal(number, pass_on) for number in _STATUS}
     try:
-        yield seen
+        yield seen, deliver
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -61,6 +61,16 @@ def place(environment: Mapping[str, str] | None = None) -> Place:
     return where
 
 
+def own_device(device: str, number: int) -> str:
+    """The device of worker `number` of this machine: plain `cuda` becomes one GPU of those that it sees."""
+    if device != "cuda":
+        return device
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{number % count}" if count > 1 else device
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[Place]:
     """While inside, nothing in the environment says that there are other processes, to this one and to what it starts.
@@ -101,7 +111,7 @@ def _addresses(env: Mapping[str, str]) -> dict[str, str]:
         }  # fmt: skip
     return {
         "RANK": env.get("RANK", "0"), "WORLD_SIZE": env.get("WORLD_SIZE", "1"),
-        "LOCAL_RANK": env.get("LOCAL_RANK", "0"), "MASTER_ADDR": env.get("MASTER_ADDR", "127.0.0.1"),
+        "LOCAL_RANK": env.get("LOCAL_RANK", env.get("RANK", "0")), "MASTER_ADDR": env.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": env.get("MASTER_PORT", "29500"),
     }  # fmt: skip
 

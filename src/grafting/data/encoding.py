@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -17,8 +16,9 @@ from grafting.data.images import ImageFolder, open_images
 from grafting.data.latent_folder import LatentFolder
 from grafting.data.manifest import SKIPPED, Manifest
 from grafting.data.pixels import quiet_decoding
-from grafting.data.workers import encode_in_processes, own_device
+from grafting.data.workers import encode_in_processes
 from grafting.errors import DataError
+from grafting.processes import own_device, place
 
 _SLACK_BYTES = 1 << 20
 
@@ -65,7 +65,7 @@ def encode_images(
 
     `images` is what `open_images` takes. A folder that was begun is gone on with where it stopped; a finished one is
     checked against its hashes. With `processes` above 1 that many are started (on a GPU each takes its own). Under
-    `torchrun` or `accelerate launch` each process makes the shards of its rank, and the last to end writes the
+    `torchrun`, `accelerate launch` or `srun` each process makes the shards of its rank, and the last to end writes the
     manifest; the others return None. The files are byte-identical for any number of processes.
     Raises `DataError`; an image that can't be decoded is skipped and listed in `skipped.jsonl`.
     """
@@ -77,9 +77,10 @@ def encode_images(
     source = open_images(images) if isinstance(images, (str, Path)) else images
     if isinstance(source, ImageFolder) and Path(out).resolve().is_relative_to(source.root.resolve()):
         raise DataError(f"{str(out)!r} lies in the folder of images; give an --out elsewhere")
-    rank, world = launched()
-    where = as_device(own_device(device, rank if world > 1 else 0, spread=world > 1))
-    encoder = ShardEncoder(source, config, where, num_threads)
+    here = place()
+    rank, world = here.rank, here.world
+    where = own_device(str(device), here.local_rank) if world > 1 else device
+    encoder = ShardEncoder(source, config, as_device(where), num_threads)
     folder = LatentFolder(out, console.say)
     folder.begin(encoder.job, resume=resume)
     mine = range(rank, encoder.num_shards, world)
@@ -113,7 +114,7 @@ def preview_encoding(
 
     config = config or EncodeConfig()
     source = open_images(images) if isinstance(images, (str, Path)) else images
-    encoder = ShardEncoder(source, config, as_device(own_device(device, 0)), num_threads)
+    encoder = ShardEncoder(source, config, as_device(device), num_threads)
     folder = LatentFolder(out)
     begun = folder.job() is not None
     if begun:
@@ -144,17 +145,9 @@ def describe_manifest(manifest: Manifest, out: str | Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def launched() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun and accelerate tell it; (0, 1) otherwise. Raises `DataError`."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal()) or int(rank) >= int(world):
-        raise DataError(f"RANK={rank!r}, WORLD_SIZE={world!r}: expected a rank below the number of processes")
-    return int(rank), int(world)
-
-
 def _free(folder: Path) -> int:
-    place = next((p for p in (folder, *folder.absolute().parents) if p.is_dir()), Path("."))
-    return shutil.disk_usage(place).free
+    nearest = next((p for p in (folder, *folder.absolute().parents) if p.is_dir()), Path("."))
+    return shutil.disk_usage(nearest).free
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:

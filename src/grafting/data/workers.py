@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
 from collections import deque
@@ -11,28 +10,17 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from grafting.data.encoder import EncodeConfig, ShardEncoder
 from grafting.data.image_source import ImageSource
 from grafting.data.latent_folder import LatentFolder
 from grafting.errors import DataError, GraftError
+from grafting.processes import own_device
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
 _READY, _IMAGES, _DONE, _ERROR = "ready", "images", "done", "error"
 _GRACE_SECONDS = 10.0
-
-
-def own_device(device: str | torch.device, rank: int, *, spread: bool = False) -> str:
-    """The device of one of several processes: `cuda` becomes its own GPU of this machine."""
-    text = str(device)
-    if text != "cuda" or not spread:
-        return text
-    local = os.environ.get("LOCAL_RANK", "")
-    number = int(local) if local.isdecimal() else rank
-    return f"cuda:{number % max(1, torch.cuda.device_count())}"
 
 
 def encode_in_processes(
@@ -112,7 +100,7 @@ def _work(
     from grafting.loading import as_device
 
     try:
-        where = as_device(own_device(device, rank, spread=True))
+        where = as_device(own_device(device, rank))
         encoder = ShardEncoder(source, config, where, threads)
         folder = LatentFolder(out)
         pipe.send((_READY,))

@@ -19,6 +19,7 @@ from grafting.formats import weights
 from grafting.generation import generate
 from grafting.pipeline import OTHER_NOISE, Pipeline
 from grafting.plan import GraftPlan
+from grafting.processes import own_device
 from grafting.recipes import parse_overrides, recipe_mapping
 from grafting.recipes.rows import Row, Study, UnavailableError, row_recipe
 from grafting.recipes.settings import Recipe, upgraded
@@ -26,7 +27,7 @@ from grafting.runs import RunFolder
 from grafting.runs.folder import VERSION
 from grafting.selectors import needs_locality
 from grafting.studies.control import finetune_teacher
-from grafting.studies.share import alone_in, link, own_device
+from grafting.studies.share import alone_in, link
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 

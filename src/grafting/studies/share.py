@@ -69,12 +69,6 @@ class Launch:
         return folder / _LAUNCHES / f"{self.key}-{self.rank}"
 
 
-def own_device(device: str, number: int) -> str:
-    """The device of worker `number` of this machine: plain `cuda` becomes one GPU of those that it sees."""
-    count = torch.cuda.device_count() if device == "cuda" else 0
-    return f"cuda:{number % count}" if count > 1 else device
-
-
 def take(device: str) -> None:
     """Make a numbered GPU this process's current one: pinned memory, for one, has a context on that."""
     if re.fullmatch(r"cuda:\d+", device):
@@ -125,4 +119,4 @@ def link(source: Path, target: Path) -> None:
         os.replace(partial, target)
 
 
-__all__ = ["Launch", "alone_in", "link", "own_device", "take"]
+__all__ = ["Launch", "alone_in", "link", "take"]

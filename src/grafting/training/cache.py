@@ -90,7 +90,8 @@ class ActivationCache:
         per_sample = sum((2 * sites[path].num_tokens + 1) * sites[path].width * 2 for path in paths)
         scratch = stage.journal.scratch() or Path(tempfile.gettempdir())
         copies = stage.compute.world
-        needed, free = per_sample * size * copies, shutil.disk_usage(scratch).free
+        needed = per_sample * size * copies
+        free = stage.compute.from_main(shutil.disk_usage(scratch).free)  # before any process fills its own
         limit = min(config.cache_limit_gb * 1e9, 0.9 * free)
         if needed > limit:
             raise RunError(
