@@ -266,7 +266,7 @@ def test_the_place_of_a_process() -> None:
     slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "77"}
     assert place(slurm) == Place(0, 1, 0)  # a batch script is not one of its tasks
     assert place({**slurm, "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "a[1-2]"}) == Place(3, 4, 1)
-    assert place({**slurm, "SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "2", "RANK": "1"}) == Place(1, 2, 0)
+    assert place({**slurm, "SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "2", "RANK": "1"}) == Place(1, 2, 1)
     for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x"}, {"WORLD_SIZE": "0"}):
         with pytest.raises(GraftError, match="RANK"):
             place(wrong)
