@@ -21,6 +21,7 @@ from grafting import operators
 from grafting.analysis.estimate import as_it_learns, learning_sites, new_parameters
 from grafting.analysis.latency import synchronize
 from grafting.families import Site, family_of
+from grafting.plan import Parallelize, Replace
 from grafting.surgery import edited_groups, edited_sites
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig, Optimization
