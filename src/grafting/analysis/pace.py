@@ -190,12 +190,9 @@ def distill_seconds(
     else:
         passes = visits / config.reuse / processes
     update = params * watch.update(family_of(teacher).sites(teacher)[0], config, False)
-    learning = [
-        entry
-        for _, entry in (*edited_sites(student).values(), *edited_groups(student).values())
-        if entry.train
-    ]
-    copied = any(entry.init == "donor" for entry in learning)
+    entries: list[Replace | Parallelize] = [entry for _, entry in edited_sites(student).values()]
+    entries += [entry for _, entry in edited_groups(student).values()]
+    copied = any(entry.init == "donor" for entry in entries if entry.train)
     fitted = copied and config.fit_readout
     # Beside those on the way: of random starts, of copied and of fitted ones, at step 0 and at the end.
     passes_held_out = math.ceil(config.steps / config.validate_every) + 3 + copied + fitted
