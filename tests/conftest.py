@@ -29,6 +29,8 @@ TINY = DiTConfig(
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but for one of diffusers under NumPy 2 that it will have to mend itself. No network."""
     sys.addaudithook(_no_network)
+    # Its checks say what they saw, as asserts in test files do.
+    pytest.register_assert_rewrite("report_tools")
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
 
 

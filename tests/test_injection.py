@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_dit
-from test_report import check_inert, make_run
-from test_report import study as make_study
+from report_tools import check_inert, make_run
+from report_tools import study as make_study
 
 from grafting.report import captions, page, write_report
 from grafting.report.study import write_study
