@@ -1,229 +1,32 @@
-"""The command line as a person meets it: exit statuses, one `error:` line, nothing written, and JSON that is JSON."""
+"""The command line as a person meets it: help, JSON that is JSON, and each verb from one to the next."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, prediction, tiny_dit
+from cli_tools import Graft, caller, contents, make_world, start
+from conftest import FIXTURES, prediction
 from safetensors.torch import load_file
 
 import grafting
-from grafting import GraftPlan, Replace, cli, diffusion, graft, load_model, save_graft, save_model
+from grafting import cli, load_model
 from grafting.errors import RunError
-from grafting.evaluation import SampleFile
-from grafting.formats.published import export_published
-from grafting.runs import RunFolder
 from grafting.yaml_io import load_yaml
-
-Graft = Callable[..., tuple[int, str, str]]
-HYENA = "- replace: {target: mha, layers: interleaved-50, with: hyena_x}\n"
-QUICK = {
-    "steps": 4, "batch_size": 8, "num_validation": 16, "log_every": 1, "validate_every": 2, "checkpoint_every": 2,
-    "precision": "fp32",
-}  # fmt: skip
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Graft:
     """Call `graft` in this process, in an empty folder: (exit status, stdout, stderr)."""
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["graft", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        output = capsys.readouterr()
-        return int(stop.value.code or 0), output.out, output.err
-
-    return call
+    return caller(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models, plans and data, good and bad."""
-    folder = tmp_path_factory.mktemp("world")
-    teacher = tiny_dit(input_size=32, patch_size=8, num_classes=10)
-    save_model(teacher, folder / "model")
-    export_published(teacher, folder / "model.pt")
-    student = graft(load_model(folder / "model"), GraftPlan([Replace("mha", [1], "swa")]))
-    save_graft(student, folder / "graft")
-    export_published(student, folder / "grafted.pt")
-    save_graft(student, folder / "orphan")
-    manifest = json.loads((folder / "orphan/graft.json").read_text())
-    save_model(tiny_dit(seed=1, input_size=32, patch_size=8, num_classes=10), folder / "other")
-    manifest["base"]["source"] = str(folder / "other")
-    (folder / "orphan/graft.json").write_text(json.dumps(manifest))
-
-    whole = (folder / "model.pt").read_bytes()
-    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    (folder / "empty.pt").write_bytes(b"")
-    plans = {
-        "plan": HYENA,
-        "mixed": "- replace: {target: mlp, layers: [0, 2], with: {mlp: {ratio: 3}}, init: random, loss: l2}\n" + HYENA,
-        "empty": "[]\n", "blank": "", "operator": HYENA.replace("hyena_x", "hyena_z"),
-        "key": HYENA.replace("hyena_x", "{hyena_x: {kernal_size: 3}}"), "selector": HYENA.replace("50", "55"),
-        "twice": HYENA + HYENA.replace("interleaved-50", "[3]"), "layer": HYENA.replace("interleaved-50", "[4]"),
-        "kernel": HYENA.replace("hyena_x", "{hyena_x: {kernel_size: 0}}"),
-        "window": HYENA.replace("hyena_x", "{swa: {window: -3}}"),
-        "tags": HYENA + "- !!python/object/apply:os.system [ls]\n",
-        "overlap": "- parallelize: {groups: [[0, 1], [1, 2]]}\n", "gap": "- parallelize: {groups: [[0, 2]]}\n",
-        "beyond": "- parallelize: {groups: [[3, 4]]}\n", "local": HYENA.replace("interleaved-50", "top-local-50"),
-    }  # fmt: skip
-    for name, text in plans.items():
-        (folder / f"{name}.yaml").write_text(text)
-    images = np.random.default_rng(0).normal(size=(80, 1, 32, 32)).astype(np.float32)
-    labels = np.arange(80) % 10
-    np.savez(folder / "data.npz", arr_0=images, arr_1=labels)
-    np.savez(folder / "nan.npz", arr_0=np.where(images > 2, np.nan, images), arr_1=labels)
-    np.savez(folder / "wide.npz", arr_0=images.reshape(40, 2, 32, 32), arr_1=labels[:40])
-    np.savez(folder / "classes.npz", arr_0=images, arr_1=labels + 1)
-    recipe = {
-        "name": "tiny", "model": str(folder / "model"), "data": str(folder / "data.npz"),
-        "plan": [{"replace": {"target": "mha", "layers": "interleaved-50", "with": "hyena_x"}}],
-        "distill": QUICK, "finetune": QUICK,
-        "sample": {"num": 20, "steps": 2, "sampler": "dpm++"},
-    }  # fmt: skip
-    (folder / "tiny.yaml").write_text(json.dumps(recipe))
-    return folder
-
-
-def contents(*folders: Path) -> dict[str, tuple[int, int]]:
-    return {
-        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-        for folder in folders for path in folder.rglob("*") if path.is_file()
-    }  # fmt: skip
-
-
-# ---- bad input
-
-
-def bad_inputs() -> list[tuple[str, list[str], str]]:
-    """(name, arguments, word of the error); {w} is the folder of the fixture, {o} an empty one."""
-    explain = ["explain", "{w}/model", "--plan"]
-    plans = {
-        "empty": "no entries", "blank": "plan", "operator": "hyena_z", "key": "kernal_size",
-        "selector": "interleaved-55",
-        "twice": "layer 3", "layer": "layer 4", "kernel": "kernel_size=0", "window": "window=-3", "tags": "tag",
-        "overlap": "layer 1: in two groups", "gap": "layer 1 lies between", "beyond": "4",
-        "local": "graft locality", "missing": "missing.yaml",
-    }  # fmt: skip
-    cases = [(f"plan {name}", [*explain, f"{{w}}/{name}.yaml"], word) for name, word in plans.items()]
-    apply = ["apply", "{w}/model", "--data", "{w}/data.npz", "--out"]
-    cases += [
-        (f"apply plan {name}", [*apply, "{o}/x", "--plan", f"{{w}}/{name}.yaml"], word)
-        for name, word in plans.items()
-    ]  # fmt: skip
-    cases += [
-        (f"file {n}", ["inspect", f"{{w}}/{n}.pt", "--num-heads", "4"], n) for n in ("cut", "empty", "none")
-    ]
-    run = ["run", "{w}/tiny.yaml", "--out", "{o}/x"]
-    for name, word in (
-        ("nan", "not finite"),
-        ("wide", "shape"),
-        ("classes", "classes"),
-        ("none", "none.npz"),
-    ):
-        cases.append((f"data {name}", [*run, "--set", f"data={{w}}/{name}.npz"], word))
-    sample = ["sample", "{w}/model", "--num", "4", "--steps", "2", "--out"]
-    cases += [
-        ("grafted file", ["inspect", "{w}/grafted.pt", "--num-heads", "4"], "graft import"),
-        ("heads unknown", ["inspect", "{w}/model.pt"], "num_heads"),
-        ("heads wrong", ["inspect", "{w}/model.pt", "--num-heads", "5"], "num_heads=5"),
-        ("heads zero", ["inspect", "{w}/model.pt", "--num-heads", "0"], "num-heads"),
-        ("wrong base", ["sample", "{w}/orphan", "--num", "4", "--out", "{o}/x.npz"], "another base"),
-        ("no such model", ["inspect", "nothing"], "nothing"),
-        ("no such architecture", ["inspect", "arch:DiT-M/2"], "DiT-M/2"),
-        ("no such recipe", ["run", "nothing.yaml", "--out", "{o}/x"], "demo"),
-        ("no such command", ["grapht"], "grapht"),
-        ("no such option", ["list", "--colour"], "--colour"),
-        ("missing option", ["explain", "{w}/model"], "--plan"),
-        ("no such setting", [*run, "--set", "distill.stepps=3"], "stepps"),
-        ("setting out of range", [*run, "--set", "distill.lr=-1"], "lr"),
-        ("no such reference", [*run, "--set", "evaluate.reference=no.npz"], "no.npz"),
-        ("no such device", [*run, "--device", "quantum"], "quantum"),
-        ("device not here", [*run, "--device", "cuda:99"], "cuda:99"),
-        ("sample on a device not here", [*sample, "{o}/x.npz", "--device", "cuda:99"], "cuda:99"),
-        ("no such dtype", [*run, "--dtype", "int3"], "int3"),
-        ("inspect in no dtype", ["inspect", "arch:DiT-S/2", "--dtype", "int3"], "int3"),
-        ("explain on no device", [*explain, "{w}/plan.yaml", "--device", "quantum"], "quantum"),
-        ("apply in no dtype", [*apply, "{o}/x", "--plan", "{w}/plan.yaml", "--dtype", "int3"], "int3"),
-        ("apply on no device", [*apply, "{o}/x", "--plan", "{w}/plan.yaml", "--device", "cuda:99"], "cuda:99"),
-        ("export on no device", ["export", "{w}/model", "--out", "{o}/x.pt", "--device", "quantum"], "quantum"),
-        ("evaluate in no dtype", ["evaluate", "{w}/none.npz", "--reference", "x", "--dtype", "int3"], "int3"),
-        ("sample where a file is", [*sample, "{w}/plan.yaml/x.npz"], "plan.yaml"),
-        ("sample to no npz", [*sample, "{o}/x.png"], "npz"),
-        ("sampler", [*sample, "{o}/x.npz", "--sampler", "euler"], "euler"),
-        ("labels", [*sample, "{o}/x.npz", "--labels", "3,10"], "no class 10"),
-        ("labels of no form", [*sample, "{o}/x.npz", "--labels", "cat"], "--labels 'cat'"),
-        ("guidance", [*sample, "{o}/x.npz", "--guidance", "nan"], "guidance"),
-        ("run where a file is", ["run", "{w}/tiny.yaml", "--out", "{w}/plan.yaml/x"], "can't write"),
-        ("run on a file", ["run", "{w}/tiny.yaml", "--out", "{w}/plan.yaml"], "plan.yaml"),
-        ("run on other things", ["run", "{w}/tiny.yaml", "--out", "{w}"], "holds no run"),
-        ("resume of other things", ["run", "{w}/tiny.yaml", "--out", "{w}", "--resume"], "holds no run"),
-        ("apply on other things", [*apply, "{w}", "--plan", "{w}/plan.yaml"], "holds no run"),
-        ("import on other things", ["import", "{w}/grafted.pt", "--num-heads", "4", "--out", "{w}"], "not an empty"),
-        ("import without heads", ["import", "{w}/grafted.pt", "--out", "{o}/x"], "num_heads"),
-        ("import of a cut file", ["import", "{w}/cut.pt", "--num-heads", "4", "--out", "{o}/x"], "cut.pt"),
-        ("export of nothing", ["export", "nothing", "--out", "{o}/x.pt"], "nothing"),
-        ("export format", ["export", "{w}/model", "--format", "onnx", "--out", "{o}/x.pt"], "onnx"),
-        ("export of a graft", ["export", "{w}/graft", "--format", "diffusers", "--out", "{o}/x"], "save_graft"),
-        ("distill of no run", ["distill", "{o}"], "run.json"),
-        ("finetune of no run", ["finetune", "{w}/model"], "run.json"),
-        ("report of no run", ["report", "{o}"], "run.json"),
-        ("evaluate no samples", ["evaluate", "{w}/none.npz", "--reference", "fashion-train"], "none.npz"),
-        ("compare no evaluations", ["compare", "{w}/tiny.yaml", "{w}/none.json"], ""),
-    ]  # fmt: skip
-    return cases
-
-
-@pytest.mark.parametrize(("arguments", "word"), [pytest.param(a, w, id=n) for n, a, w in bad_inputs()])
-def test_bad_input_is_one_line_and_exit_2_and_writes_nothing(
-    run: Graft, world: Path, tmp_path: Path, arguments: list[str], word: str
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    before = contents(world)
-    code, stdout, stderr = run(*(a.replace("{w}", str(world)).replace("{o}", str(out)) for a in arguments))
-    assert code == 2, stderr
-    assert stdout == ""
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert word in stderr
-    assert contents(world) == before
-    assert list(out.iterdir()) == []
-    assert list((tmp_path / "cwd").iterdir()) == []
-
-
-def test_a_pickle_with_code_is_not_run(run: Graft, tmp_path: Path) -> None:
-    mark = tmp_path / "executed"
-
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (os.system, (f"touch {mark}",))
-
-    torch.save({"ema": tiny_dit().state_dict(), "args": Payload()}, tmp_path / "x.pt")
-    for arguments in (
-        ["inspect", tmp_path / "x.pt", "--num-heads", 4],
-        ["import", tmp_path / "x.pt", "--num-heads", 4, "--out", tmp_path / "g"],
-        ["sample", tmp_path / "x.pt", "--num", 4, "--out", tmp_path / "s.npz", "--num-heads", 4],
-    ):
-        code, _, stderr = run(*arguments)
-        assert (code, stderr.count("\n")) == (2, 1)
-        assert "nothing of it was executed" in stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "x.pt"]
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 # ---- what is printed
@@ -459,118 +262,3 @@ def test_two_processes_are_one(run: Graft, world: Path, tmp_path: Path) -> None:
     assert len(lines[0]) == len(lines[1])
     a, b = (np.load(tmp_path / name / "samples/student.npz")["arr_0"].astype(int) for name in ("one", "two"))
     assert np.abs(a - b).max() <= 2
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["bench", "operators"],
-        ["run", "demo", "--dry-run"],
-        ["apply", "dit-fashion", "--out", "r", "--plan", "p.yaml"],
-    ],
-    ids=["bench", "dry-run", "apply"],
-)
-def test_work_for_one_process_is_refused_in_several(
-    run: Graft, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
-) -> None:
-    """They would compute together without knowing it."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    status, _, stderr = run(*arguments)
-    assert status == 2
-    assert "is work for one process, and this is one of 2 that were started together" in stderr
-    assert list(Path().iterdir()) == []
-
-
-# ---- signals
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_sampling_leaves_whole_batches_and_the_command_goes_on(
-    run: Graft,
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: signal.Signals,
-    status: int,
-) -> None:
-    calls = []
-
-    def interrupted(*arguments: Any, **options: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return diffusion.sample(*arguments, **options)
-
-    monkeypatch.setattr("grafting.generation.sample", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
-    out = tmp_path / "out"
-    command = ("sample", world / "model", "--num", 8, "--batch-size", 4, "--steps", 2, "--precision", "bf16")
-    code, stdout, stderr = run(*command, "--out", out / "x.npz")
-    signal.signal(signal.SIGINT, ours)
-    assert (code, stdout) == (status, "")
-    assert stderr.splitlines()[-1] in ("error: interrupted", "error: terminated")
-    assert sorted(path.name for path in out.rglob("*")) == [".x.parts", "000000.npy", "parts.json"]
-    assert run(*command, "--out", out / "x.npz")[0] == 0
-    assert len(calls) == 3  # the first batch is not drawn again
-    assert sorted(path.name for path in out.iterdir()) == ["x.npz", "x.png"]
-    assert run(*command, "--out", out / "y.npz")[0] == 0
-    assert (out / "x.npz").read_bytes() == (out / "y.npz").read_bytes()
-    assert SampleFile.open(out / "x.npz").protocol["precision"] == "bf16"
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_the_second_signal_ends_a_stage_at_once(tmp_path: Path) -> None:
-    folder, seen = RunFolder(tmp_path), []
-    with pytest.raises(KeyboardInterrupt), folder.stoppable():  # noqa: PT012
-        assert folder.stop_requested() is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(folder.stop_requested())
-        os.kill(os.getpid(), signal.SIGINT)
-        seen.append("never")
-    assert seen == [143]
-
-
-def start(arguments: list[Any]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    )
-    return subprocess.Popen(
-        [sys.executable, "-m", "grafting", *map(str, arguments)], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "stage"), [(signal.SIGINT, 130, "distill"), (signal.SIGTERM, 143, "finetune")]
-)
-def test_a_signal_stops_with_a_checkpoint_and_resume_gives_the_same_bytes(
-    run: Graft, world: Path, tmp_path: Path, number: signal.Signals, status: int, stage: str
-) -> None:
-    settings = [
-        "evaluate=null",
-        f"{stage}.steps=200",
-        f"{stage}.checkpoint_every=5",
-        f"{stage}.validate_every=100",
-    ]
-    arguments = ["run", world / "tiny.yaml", *(part for s in settings for part in ("--set", s)), "--out"]
-    process = start([*arguments, tmp_path / "cut"])
-    checkpoints = tmp_path / "cut/checkpoints" / stage
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("*.pt")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == status, stderr
-    assert stdout == ""
-    assert stderr.splitlines()[-1].startswith("error: stopped at step")
-    assert sum(line.startswith("error:") for line in stderr.splitlines()) == 1
-    assert "Traceback" not in stderr
-    assert list(checkpoints.glob("*.pt"))
-    assert run(*arguments, tmp_path / "cut", "--resume")[0] == 0
-    assert run(*arguments, tmp_path / "whole")[0] == 0
-    for pattern in ("graft/*.safetensors", "metrics.jsonl", "plan.yaml"):
-        a, b = (next((tmp_path / name).glob(pattern)) for name in ("cut", "whole"))
-        assert a.read_bytes() == b.read_bytes(), pattern
