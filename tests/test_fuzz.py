@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
 import pickle
@@ -34,13 +34,9 @@ NUM = 150
 
 @pytest.fixture(scope="module")
 def inputs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chaos_inputs", CHAOS / "inputs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(CHAOS), *sys.path])  # as for a script of that folder
+        return importlib.import_module("inputs")
 
 
 @pytest.fixture(scope="module")
