@@ -18,10 +18,11 @@ from study_tools import QUIET, half, settings_of, tiny_study
 
 from grafting import processes, save_model, studies
 from grafting.errors import GraftError, RunError
+from grafting.processes import own_device
 from grafting.recipes.rows import Row
 from grafting.recipes.table import plan_of, teacher_rows
 from grafting.studies import row_run, run_rows, run_study
-from grafting.studies.share import Launch, alone_in, own_device
+from grafting.studies.share import Launch, alone_in
 from grafting.training.compute import make_compute
 
 BROKEN = Row("broken", "broken", {"plan": plan_of("mha", "hyena_x", [99])})
