@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def test_plots_take_strange_input() -> None:
     assert line_plot([Series("wide", x, y)], "wide", log_y=True).startswith("<svg")
     points = [Point(f"$x_{{ {i} <b> 漢字", float(i % 2), 1.0, 0.1) for i in range(4)]
     assert "<b>" not in scatter_plot(points, "points", x_label="$\\bad", y_label="<y>")
+
+
+def test_labels_of_many_points_stay_in_the_plot() -> None:
+    """Fifty rows at one place pushed each other out of the page; those without room are left to the table."""
+    points = [Point(f"row-number-{i}-of-many", 1e6 + i % 2, 5.0 + 0.01 * i) for i in range(50)]
+    svg = scatter_plot([*points, Point("elsewhere", 2e6, 9.0)], "points", x_label="x", y_label="y")
+    (height,) = (float(size) for size in re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg))
+    labels = re.findall(r'<text[^>]* y="([-\d.]+)"[^>]*>(row|elsewhere)', svg)
+    assert 10 < len(labels) < 50
+    assert all(0 < float(y) < height for y, _ in labels)
+    assert labels[-1][1] == "elsewhere"
 
 
 def test_escaping_by_construction() -> None:

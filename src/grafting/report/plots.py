@@ -156,7 +156,10 @@ def scatter_plot(points: Sequence[Point], describe: str, *, x_label: str, y_labe
 
 
 def _label_points(axes: Any, points: Sequence[Point]) -> None:
-    """Labels beside their points, on the side that has room, moved up where they would meet a lower one."""
+    """Labels beside their points, on the side that has room, moved up or down where they would meet another.
+
+    One that finds no room left is left out: the table names every row.
+    """
     to_axes = axes.transData + axes.transAxes.inverted()
     taken: list[tuple[float, float, float]] = []
     for point in sorted(points, key=lambda p: p.y):
@@ -164,11 +167,17 @@ def _label_points(axes: Any, points: Sequence[Point]) -> None:
         label = clean(point.label, 36)
         width, side, up = 0.016 * len(label), 1 if across < 0.6 else -1, height
         start = across if side > 0 else across - width
-        while any(abs(up - y) < 0.05 and start < b and a < start + width for a, b, y in taken):
-            up += 0.01
+        places = [height + 0.01 * step for step in range(-100, 101) if -0.02 <= height + 0.01 * step <= 1.02]
+        free = [
+            place for place in places
+            if not any(abs(place - y) < 0.05 and start < b and a < start + width for a, b, y in taken)
+        ]  # fmt: skip
+        if not free:
+            continue
+        up = min(free, key=lambda place: (abs(place - height), -place))
         taken.append((start, start + width, up))
         text = across + 0.03 * side
-        if up - height > 0.02:
+        if abs(up - height) > 0.02:
             axes.plot([across, text - 0.005 * side], [height, up], color=_STAND_IN[AXIS], linewidth=0.5,
                       transform=axes.transAxes)  # fmt: skip
         axes.text(text, up, label, transform=axes.transAxes, fontsize=_TEXT_SIZE - 0.5, color=_STAND_IN[INK],

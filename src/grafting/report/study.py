@@ -166,7 +166,8 @@ def _one_scatter(
     x_label, y_label = labels.get(x_key, x_key), labels.get(y_key, y_key)
     described = "; ".join(f"{p.label}: {significant(p.x, 3)}, {significant(p.y, 3)}" for p in points)
     plot = scatter_plot(points, f"{y_label} against {x_label}. {described}", x_label=x_label, y_label=y_label)
-    joined = ", rows of one operator joined, 50 % first" if any(p.group for p in points) else ""
+    joined = "; rows that differ in the share of layers, the seed or the learning rate alone are joined"
+    joined = joined if any(p.group for p in points) else ""
     return figure(plot, f"{y_label} against {x_label}, one point a row{joined}.")
 
 

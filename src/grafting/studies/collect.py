@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _COLUMNS = (
     ("model_params", "parameters"), ("share_of_pretraining", "share of pretraining FLOPs"), ("status", "status"),
 )  # fmt: skip
 _ALWAYS = ("distance", "over_teacher")
+_VARIED = re.compile(r"-(?:50|75|100|s\d+|noise-\d+|lr[0-9e.-]+)$")  # the end of a row's name
 
 
 def collect(setting: Setting) -> dict[str, Any]:
@@ -119,11 +121,10 @@ def _entry(setting: Setting, row: Row) -> dict[str, Any]:
 
 
 def _group(setting: Setting, row: Row) -> str:
-    """The operator of rows that differ in the ratio alone: a plot joins them."""
-    name, _, last = row.name.rpartition("-")
-    ratios = ("50", "75", "100")
-    shared = sum(other.name in {f"{name}-{ratio}" for ratio in ratios} for other in setting.study.rows)
-    return name if last in ratios and shared > 1 else ""
+    """What rows have in common that differ in their share of layers, seed or learning rate alone: a plot joins them."""
+    name = _VARIED.sub("", row.name)
+    shared = sum(_VARIED.sub("", other.name) == name for other in setting.study.rows)
+    return name if shared > 1 else ""
 
 
 def _protocol(setting: Setting, base: dict[str, Any] | None) -> dict[str, Any]:
