@@ -21,6 +21,9 @@ def search(
     by: Annotated[str, typer.Option(help="What is budgeted: flops, params, or latency on the device.")] = "flops",
     num: Annotated[int, typer.Option(min=1, help="Noised samples that damage is measured on.")] = 256,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/search-<name of the recipe>.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with a folder that was begun, or refuse it.")
+    ] = True,
     set: Set = None, processes: Processes = 1, device: Device = "cpu", dtype: Dtype = None,
     seed: OwnSeed = None, json_: Json = False,
 ) -> None:  # fmt: skip
@@ -37,7 +40,7 @@ def search(
     console = new_console()
     found = search_plan(
         resolved, GraftPlan.load(candidates), folder, console, budget=budget, at_least=replace, by=by,  # type: ignore[arg-type]
-        num_samples=num, device=device,
+        num_samples=num, device=device, resume=resume,
     )  # fmt: skip
     console.close()
     if not compute.is_main:

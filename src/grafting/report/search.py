@@ -82,7 +82,8 @@ def _labels(found: Found) -> dict[str, str]:
         given = candidate["replace"]["with"]
         operator, config = next(iter(given.items())) if isinstance(given, Mapping) else (given, {})
         label = f"{candidate['replace']['target']}: {operator_label(operator, config)}"
-        names[candidate["name"]] = f"{label} ({candidate['name'][:2]})" if label in names.values() else label
+        number = candidate["name"].partition("-")[0]
+        names[candidate["name"]] = f"{label} ({number})" if label in names.values() else label
     return names
 
 

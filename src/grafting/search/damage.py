@@ -6,16 +6,19 @@ difference of two models' raw predictions of the same noised data. Axes: B batch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grafting.analysis.observation import evaluating
 from grafting.data import DataSource
+from grafting.errors import GraftError
 from grafting.families import family_of
 from grafting.plan import GraftPlan
-from grafting.surgery import graft
+from grafting.surgery import graft, operator_name
 from grafting.training.compute import Compute
 from grafting.training.config import FinetuneConfig
 from grafting.training.loop import Batches
@@ -27,7 +30,9 @@ class Damage:
 
     config: of stage 2, for its weights of timesteps and of the variance. at_once: samples of one pass of one process.
     Timesteps are spread evenly. The model is run in its own precision: autocast would round by more than a good edit
-    does.
+    does. Raises GraftError where a prediction is not finite.
+
+    measure: everything that the figures depend on, but for the model and the operators, in JSON types.
     """
 
     def __init__(
@@ -40,8 +45,20 @@ class Damage:
             data, self.family, self.model, seed=seed, purpose="search", label_dropout=config.label_dropout,
             device=compute.device, spread=True,
         )  # fmt: skip
-        self.parts = torch.arange(num_samples)[compute.rank :: compute.world].split(at_once)
+        mine = torch.arange(num_samples)[compute.rank :: compute.world]
+        self.parts = [
+            part for part in mine.split(at_once) if len(part)
+        ]  # none where there are more processes
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.measure: dict[str, Any] = {
+            "data": data.content_hash, "num_samples": num_samples, "seed": seed, "dtype": self.dtype,
+            **{name: getattr(config, name) for name in ("label_dropout", "output_snr_cap", "output_variance")},
+        }  # fmt: skip
         self.targets = [self._predicted(part) for part in self.parts]  # [B, 2C or C, H, W] each
+        if not all(torch.isfinite(target).all() for target in self.targets):
+            raise GraftError(
+                f"the model's own prediction is not finite in {self.dtype}; give --dtype float32 and another --out"
+            )
 
     def of(self, operators: Mapping[str, nn.Module]) -> float:
         """The damage of these operators, by the paths of their sites, in the model together."""
@@ -49,10 +66,16 @@ class Damage:
         try:
             for path, operator in operators.items():
                 self.model.set_submodule(path, operator)
-            return self._measure()
+            damage = self._measure()
         finally:
             for path, operator in own.items():
                 self.model.set_submodule(path, operator)
+        if not math.isfinite(damage):
+            raise GraftError(
+                f"with {_named(operators)} the model's prediction is not finite in {self.dtype}; "
+                "give --dtype float32 and another --out, or leave the candidate out there"
+            )
+        return damage
 
     def _measure(self) -> float:
         found = torch.zeros((), dtype=torch.float64)
@@ -69,6 +92,13 @@ class Damage:
         batch = self.batches.at(part)
         with evaluating(self.model):
             return self.family.predict(self.model, batch.x_t, batch.t, batch.cond)
+
+
+def _named(operators: Mapping[str, nn.Module]) -> str:
+    """The first of these operators, and how many others there are."""
+    path, operator = next(iter(operators.items()))
+    rest = f" and {len(operators) - 1} others" if len(operators) > 1 else ""
+    return f"'{operator_name(operator)}' at {path}{rest}"
 
 
 __all__ = ["Damage"]

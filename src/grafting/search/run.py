@@ -6,67 +6,75 @@ operators learn independently, so any mix of them can be put together afterwards
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
-from grafting.analysis.latency import measure_plan
 from grafting.console import Console
 from grafting.errors import PlanError, RunError
 from grafting.families import family_of
 from grafting.formats import weights
 from grafting.formats.graft_folder import save_graft
 from grafting.pipeline import Pipeline
-from grafting.plan import GraftPlan, PlanLike, Replace
+from grafting.plan import GraftPlan, PlanLike
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder, environment
+from grafting.runs.lock import NAME as LOCK
+from grafting.runs.lock import FolderLock
+from grafting.search.candidates import (
+    Candidate,
+    Cost,
+    bare,
+    checked_run,
+    distill_candidate,
+    find_candidates,
+    open_run,
+    options_of,
+    savings_of,
+)
 from grafting.search.choice import Choice, Option, best_choice, pareto_choices
 from grafting.search.damage import Damage
-from grafting.surgery import Edit, edited_groups, explain, graft
+from grafting.search.scores import Scores
+from grafting.surgery import Edit, edited_groups, graft, record_of
 from grafting.training.config import DistillConfig, FinetuneConfig
-from grafting.training.loop import samples_per_pass
+from grafting.training.loop import Clock, samples_per_pass
 from grafting.yaml_io import dump_yaml
 
 VERSION = 1
-Cost = Literal["flops", "params", "latency"]
 RULES = ("interleaved-50", "interleaved-75", "all")  # what a choice is compared with
 _POINTS = 12  # of the curve
-
-
-@dataclass
-class Candidate:
-    """One operator, and where it may stand."""
-
-    name: str
-    entry: Replace  # with layer numbers
-    edits: tuple[Edit, ...]
-    savings: dict[str, float] = field(default_factory=dict)  # path -> share of the model's cost
-    operators: dict[str, nn.Module] = field(default_factory=dict)  # path -> distilled
-    damages: dict[str, float] = field(default_factory=dict)  # path -> of it alone
 
 
 def search_plan(
     recipe: Recipe, candidates: PlanLike, folder: str | Path, console: Console | None = None, *,
     budget: float | None = None, at_least: int = 0, by: Cost = "flops", num_samples: int = 256, device: str = "cpu",
+    resume: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Find the plan of least damage among all mixes of `candidates`, at most one operator a site.
 
     recipe: model, data and the settings of the stages; its own plan is not used. candidates: replace entries; each is
     an operator that may stand in any of its layers (overlaps are what the search is for). budget: the cost afterwards
     as a share of the model's, of the kind `by`. at_least: how many operators are replaced.
-    num_samples: noised samples that damage is measured on.
+    num_samples: noised samples that damage is measured on. resume: False refuses a folder that holds a search.
 
-    Writes into `folder`: candidates/NAME, a run folder each (kept and resumed); search.json, search.html; plan.yaml,
-    graft/ with the distilled operators of the choice, and recipe.yaml, which goes on from there with stage 2.
+    Writes into `folder`: candidates/NAME, a run folder each with its damages (kept and resumed); search.json,
+    search.html; plan.yaml, graft/ with the distilled operators of the choice, and recipe.yaml, which goes on from there
+    with stage 2.
     Returns the content of search.json. Raises GraftError.
     """
     folder, console = Path(folder), console or Console(quiet=True)
     if budget is None and not at_least:
         raise PlanError(
             "a search needs an aim: a budget (cost afterwards, as a share) or how many to replace (at_least)"
+        )
+    if budget is not None and budget >= 1 and not at_least:
+        raise PlanError(
+            f"a budget of {budget:g} of the cost is met by the model as it is: give a share below 1, such as 0.85, or "
+            "how many to replace"
         )
     if by not in get_args(Cost):
         raise PlanError(f"by={by!r}: expected one of {', '.join(get_args(Cost))}")
@@ -76,126 +84,124 @@ def search_plan(
         raise RunError(
             "a search makes no pairs: make them with graft synthesize, and give data=FOLDER, synthesize=null"
         )
-    pipeline = Pipeline(_bare(recipe, []), RunFolder(folder, console), device)
+    pipeline = Pipeline(bare(recipe, []), RunFolder(folder, console), device)
+    compute = pipeline.compute
+    if compute.is_main:
+        _check_folder(folder, resume)
+    else:
+        console = Console(quiet=True)
     teacher = pipeline.teacher
-    if edited_groups(teacher):
-        raise PlanError(
-            "this model has blocks side by side: search on the model that it was made of, then arrange it"
-        )
-    found = _candidates(teacher, candidates)
+    _check_model(teacher)
+    found = find_candidates(teacher, candidates, recipe.locality)
     for candidate in found:
-        candidate.savings = pipeline.compute.from_main(_savings(teacher, candidate, by))
+        candidate.savings = compute.from_main(savings_of(teacher, candidate, by))
     best_choice(
-        _options(found), budget=budget, at_least=at_least
+        options_of(found), budget=budget, at_least=at_least
     )  # refused before any work, if it can't be met
-    for candidate in found:
-        _distill(pipeline, candidate, folder / "candidates" / candidate.name, console)
-    damage = Damage(
-        teacher, pipeline.data, recipe.finetune or FinetuneConfig(), pipeline.compute, num_samples=num_samples,
-        at_once=samples_per_pass(recipe.distill or DistillConfig(), pipeline.compute.world), seed=recipe.seed,
-    )  # fmt: skip
-    for candidate in found:
-        console.say(f"[score] {candidate.name}")
-        for path, operator in candidate.operators.items():
-            candidate.damages[path] = damage.of({path: operator})
-    options = _options(found)
-    chosen = best_choice(options, budget=budget, at_least=at_least)
-    data = {
-        "version": VERSION, "recipe": recipe.name, "model": recipe.model, "by": by, "budget": budget,
-        "at_least": at_least, "num_layers": family_of(teacher).num_layers(teacher),
-        "candidates": [
-            {"name": c.name, **c.entry.to_dict(), "sites": [_site(c, edit) for edit in c.edits]} for c in found
-        ],
-        "chosen": _described(chosen, found, damage) | {"plan": _plan(chosen, found).to_dict()["entries"]},
-        "curve": [_described(choice, found, damage) for choice in _curve(options, budget)],
-        "rules": _rules(found, damage),
-        "protocol": {
-            "num_samples": num_samples, "seed": recipe.seed, "data": pipeline.data.name,
-            "data_hash": pipeline.data.content_hash, "timesteps": "spread",
-        },
-        "environment": environment(),
-    }  # fmt: skip
-    if pipeline.compute.is_main:
-        _write(folder, recipe, pipeline, chosen, found, data)
-    pipeline.compute.wait()
+    runs = [checked_run(pipeline, candidate, folder / "candidates" / candidate.name) for candidate in found]
+    with _writing(folder, compute.is_main):
+        for own in runs:  # all before the first one works: one that can't be gone on with is found at once
+            open_run(own, console)
+        compute.wait()
+        for own, candidate in zip(runs, found, strict=True):
+            distill_candidate(own, candidate, console)
+        damage = Damage(
+            teacher, pipeline.data, _weights(recipe), compute, num_samples=num_samples, seed=recipe.seed,
+            at_once=samples_per_pass(recipe.distill or DistillConfig(), compute.world),
+        )  # fmt: skip
+        _score(found, damage, [own.run.path for own in runs], console)
+        options = options_of(found)
+        chosen = best_choice(options, budget=budget, at_least=at_least)
+        data = {
+            "version": VERSION, "recipe": recipe.name, "model": recipe.model, "by": by, "budget": budget,
+            "at_least": at_least, "num_layers": family_of(teacher).num_layers(teacher),
+            "candidates": [
+                {"name": c.name, **c.entry.to_dict(), "sites": [_site(c, edit) for edit in c.edits]} for c in found
+            ],
+            "chosen": _described(chosen, found, damage) | {"plan": _plan(chosen, found).to_dict()["entries"]},
+            "curve": [_described(choice, found, damage) for choice in _curve(options, budget)],
+            "rules": _rules(found, damage),
+            "protocol": {
+                "num_samples": num_samples, "seed": recipe.seed, "data": pipeline.data.name,
+                "data_hash": pipeline.data.content_hash, "timesteps": "spread",
+            },
+            "environment": environment(),
+        }  # fmt: skip
+        if compute.is_main:
+            _write(folder, recipe, pipeline, chosen, found, data)
+        compute.wait()
     return data
 
 
-# ---- candidates
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Refuse a folder that holds something else, whose graft or recipe would be written over. Raises RunError."""
+    where = str(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunError(f"{where!r} is not a folder; give another --out")
+    there = {path.name for path in folder.iterdir() if path.name != LOCK and not weights.is_partial(path)}
+    if there and ("candidates" not in there or "run.json" in there):
+        raise RunError(f"{where!r} is not an empty folder and holds no search; give another --out")
+    if there and not resume:
+        raise RunError(f"{where!r} already holds a search; go on with --resume, or give another --out")
 
 
-def _bare(recipe: Recipe, plan: Sequence[Mapping[str, Any]]) -> Recipe:
-    """The recipe with another plan, and stage 1 alone."""
-    return recipe.model_copy(
-        update={"plan": [dict(entry) for entry in plan], "student": None, "finetune": None, "evaluate": None}
-    )
-
-
-def _candidates(model: nn.Module, given: PlanLike) -> list[Candidate]:
-    """The candidates with layer numbers, each checked by itself. Raises PlanError, OperatorError."""
-    entries = GraftPlan.of(given)
-    found: list[Candidate] = []
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, Replace):
-            raise PlanError(f"candidate {number} ({entry}): a search replaces operators; leave it out")
-        said = explain(model, GraftPlan([entry]))
-        name = f"{number:02d}-{entry.target}-{entry.operator}".replace(".", "-")
-        found.append(
-            Candidate(name, said.plan.sites[said.edits[0].site.kind, said.edits[0].site.layer], said.edits)
-        )
-    if not found:
+def _check_model(model: nn.Module) -> None:
+    """Raise PlanError for an edited model whose operators can't be told from its base's."""
+    if edited_groups(model):
         raise PlanError(
-            "a search without candidates: give replace entries, such as mha in all layers with hyena_x"
+            "this model has blocks side by side: search on the model that it was made of, then arrange it"
         )
-    return found
-
-
-def _savings(model: nn.Module, candidate: Candidate, by: Cost) -> dict[str, float]:
-    """path -> the share of the model's cost that the candidate saves there."""
-    if by == "latency":
-        timed = measure_plan(model, GraftPlan([candidate.entry]))
-        before, after = timed["operators"][0]["layer_ms"]
-        return dict.fromkeys(
-            (e.site.path for e in candidate.edits), (before - after) / timed["latency_ms"][0]
+    record = record_of(model)
+    if record is not None and record.base_hash is not None:
+        raise PlanError(
+            "this model is a graft that has the rest of its weights from its base: search on the model that it was "
+            f"made of ({record.source!r})"
         )
-    if by == "params":
-        total = sum(p.numel() for p in model.parameters())
-        return {e.site.path: (e.before.params - e.after.params) / total for e in candidate.edits}
-    flops = family_of(model).flops_per_image(model)
-    return {e.site.path: (e.before.total - e.after.total) / flops for e in candidate.edits}
 
 
-def _distill(pipeline: Pipeline, candidate: Candidate, path: Path, console: Console) -> None:
-    """Stage 1 of a candidate in all of its layers, in a run folder of its own, unless it was done before."""
-    recipe = _bare(pipeline.recipe, [candidate.entry.to_dict()])
-    compute = pipeline.compute
-    learns = recipe.distill is not None and candidate.entry.train
-    own = Pipeline(
-        recipe, RunFolder(path, writer=False), pipeline.device, _teacher=pipeline.teacher, _data=pipeline.data
-    )
-    own.check()
-    if compute.is_main:
-        own.run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
-    compute.wait()
-    with own.run.writing():
-        if compute.from_main(own.run.result("graft") is None):
-            own.graft()
-        compute.wait()
-        if learns and compute.from_main(own.run.result("distill") is None):
-            console.say(f"[distill] {candidate.name}")
-            own.distill()
-        compute.wait()
-        student = own.student(share=True).eval()
-    candidate.operators = {edit.site.path: student.get_submodule(edit.site.path) for edit in candidate.edits}
+@contextmanager
+def _writing(folder: Path, writer: bool) -> Iterator[None]:
+    """While inside, no other search writes to the folder. Raises RunError, naming the process that does."""
+    if not writer:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"can't write {str(folder)!r}: {error.strerror or error}") from None
+    with FolderLock(folder):
+        weights.clear_partial(folder)
+        yield
 
 
-def _options(candidates: Sequence[Candidate]) -> list[Option]:
-    """Every candidate at every site; damages are 0 before they are measured."""
-    return [
-        Option(edit.site.path, number, candidate.damages.get(edit.site.path, 0.0), candidate.savings[edit.site.path])
-        for number, candidate in enumerate(candidates)
-        for edit in candidate.edits
-    ]  # fmt: skip
+# ---- scores
+
+
+def _weights(recipe: Recipe) -> FinetuneConfig:
+    """Stage 2, for its weights; without one the label dropout is that of stage 1: a model may have no null class."""
+    stage_1 = recipe.distill or DistillConfig()
+    return recipe.finetune or FinetuneConfig(label_dropout=stage_1.label_dropout)
+
+
+def _score(
+    candidates: Sequence[Candidate], damage: Damage, folders: Sequence[Path], console: Console
+) -> None:
+    """Measure every candidate alone at each of its sites, but where that was done before."""
+    scores = [Scores(folder, damage.measure, damage.compute) for folder in folders]
+    total = sum(len(candidate.operators) for candidate in candidates)
+    done = sum(path in s.known for c, s in zip(candidates, scores, strict=True) for path in c.operators)
+    clock = Clock(done, total)
+    for candidate, known in zip(candidates, scores, strict=True):
+        if any(path not in known.known for path in candidate.operators):
+            console.say(f"[score] {candidate.name}")
+        for path, operator in candidate.operators.items():
+            if path not in known.known:
+                known.keep(path, damage.of({path: operator}))
+                done += 1
+                console.progress("score", done, total, f"{candidate.name}, ETA {clock.eta(done)}")
+            candidate.damages[path] = known.known[path]
 
 
 # ---- choices
@@ -254,12 +260,17 @@ def _rules(candidates: Sequence[Candidate], damage: Damage) -> list[dict[str, An
     for number, candidate in enumerate(candidates):
         paths = {edit.site.layer: edit.site.path for edit in candidate.edits}
         for rule in RULES:
-            layers = (
-                replace(candidate.entry, layers=rule).resolved(damage.family.num_layers(damage.model)).layers
-            )
+            try:
+                layers = (
+                    replace(candidate.entry, layers=rule)
+                    .resolved(damage.family.num_layers(damage.model))
+                    .layers
+                )
+            except PlanError:  # it names no layer of so few
+                continue
             if not set(layers) <= set(paths):
                 continue
-            choice = Choice(tuple(o for o in _options([candidate]) if o.path in {paths[n] for n in layers}))
+            choice = Choice(tuple(o for o in options_of([candidate]) if o.path in {paths[n] for n in layers}))
             choice = Choice(tuple(replace(option, candidate=number) for option in choice.options))
             found.append(
                 {"rule": rule, "candidate": candidate.name, **_described(choice, candidates, damage)}
