@@ -24,5 +24,5 @@ def searched(
 ) -> dict[str, Any]:
     """search.json of a search in `folder`/search; changes: of the recipe."""
     recipe = load_recipe(tiny_recipe(folder, **(changes or {})))
-    settings = {"console": Console(quiet=True), "num_samples": 16, **arguments}
+    settings: dict[str, Any] = {"console": Console(quiet=True), "num_samples": 16, **arguments}
     return search_plan(recipe, candidates, folder / "search", **settings)

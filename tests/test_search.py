@@ -115,10 +115,10 @@ def test_the_choice_at_real_size_is_that_of_scipys_solver() -> None:
     ("arguments", "said"),
     [({"budget": 0.5}, "0.9000"), ({"at_least": 3}, "2 sites"), ({"budget": -1.0}, "above 0")],
 )
-def test_what_cannot_be_had_is_refused_with_what_can(arguments: dict[str, float], said: str) -> None:
+def test_what_cannot_be_had_is_refused_with_what_can(arguments: dict[str, Any], said: str) -> None:
     options = [Option("a", 0, 0.1, 0.06), Option("b", 0, 0.2, 0.04)]
     with pytest.raises(PlanError, match=said):
-        best_choice(options, **arguments)  # type: ignore[arg-type]
+        best_choice(options, **arguments)
 
 
 def test_a_damage_that_is_no_number_is_refused() -> None:
@@ -235,7 +235,7 @@ def test_latency_can_be_the_budget(tmp_path: Path) -> None:
     ],
 )
 def test_what_makes_no_search_is_refused_before_any_work(
-    tmp_path: Path, arguments: dict[str, object], candidates: GraftPlan, said: str
+    tmp_path: Path, arguments: dict[str, Any], candidates: GraftPlan, said: str
 ) -> None:
     with pytest.raises(PlanError, match=said):
         searched(tmp_path, candidates, **arguments)

@@ -98,7 +98,7 @@ def test_a_folder_has_one_search_at_a_time(tmp_path: Path) -> None:
         "with FolderLock(sys.argv[1]):\n    print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", holder, tmp_path / "search"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", holder, str(tmp_path / "search")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     try:
