@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_dit
-from torch import Tensor
+from torch import Tensor, nn
 
 from grafting import GraftError
 from grafting.conditioning import Caption, move
 from grafting.evaluation import to_uint8
-from grafting.families import codec
+from grafting.families import Tap, codec
 from grafting.kernels import gates
+from grafting.training.compute import Compute
+from grafting.training.distillation import _Stage
 
 
 def test_captions_with_one_empty_caption_for_all_can_be_moved_to_a_gpu(
@@ -96,3 +98,28 @@ def test_large_images_are_decoded_a_few_at_a_time(
 def test_a_vae_for_a_model_of_pixels_is_refused() -> None:
     with pytest.raises(GraftError, match=r"makes pixels.*some/vae.*leave it out"):
         codec.decoder(tiny_dit(), "some/vae")
+
+
+def test_a_process_without_samples_of_a_held_out_batch_sums_on_its_device() -> None:
+    """Where the last held-out batch has fewer parts than there are processes; the meta device stands in for a GPU."""
+    device, summed = torch.device("meta"), list[Tensor]()
+
+    class OneOfTwo(Compute):
+        def sum(self, tensor: Tensor) -> Tensor:
+            summed.append(tensor)
+            return torch.tensor([[[1.0, 4.0], [3.0, 4.0]]])
+
+    def taps(part: str, paths: list[str]) -> dict[str, Tap]:
+        assert part == "second"
+        return {
+            path: Tap(torch.ones(2, 3, 4, device=device), torch.ones(2, 3, 4, device=device), None)
+            for path in paths
+        }
+
+    stage: Any = SimpleNamespace(
+        compute=OneOfTwo(device, "fp32", rank=1, world=2),
+        validation=[["first", "second"], ["third"]],
+        taps=taps,
+    )
+    assert _Stage.errors(stage, {"site": nn.Identity()}) == {"site": 0.5}
+    assert [(tensor.device, tensor.shape) for tensor in summed] == [(device, (1, 2, 2))]

@@ -277,7 +277,7 @@ class _Stage:
         """Held-out relative error of every operator (the training batch's, if nothing is held out)."""
         modules = operators_by_path or {pupil.path: pupil.operator for pupil in self.pupils}
         batches = self.validation or [self._first()]
-        sums = {path: [RelativeError() for _ in batches] for path in modules}
+        sums = {path: [RelativeError(self.compute.device) for _ in batches] for path in modules}
         parts = [(number, part) for number, whole in enumerate(batches) for part in whole]
         for number, part in self.compute.mine(parts):
             taps = self.taps(part, list(modules))
@@ -287,9 +287,7 @@ class _Stage:
                     output = run_on(module, tap)
                 sums[path][number].add(output, tap.output)
         whole = self.compute.sum(
-            torch.stack([torch.stack([error.sums for error in found]) for found in sums.values()]).to(
-                self.compute.device
-            )
+            torch.stack([torch.stack([error.sums for error in found]) for found in sums.values()])
         )  # [operators, batches, 2], the same on all processes: they rest together
         values = (whole[..., 0] / whole[..., 1].clamp(min=1e-12)).tolist()
         return {

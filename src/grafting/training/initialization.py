@@ -92,11 +92,12 @@ def fit_readout(operator: nn.Module, taps: Iterable[Tap], ridge: float, device: 
 class RelativeError:
     """Sums of the absolute error and the absolute target, part by part; their ratio is the relative error.
 
-    Scale-free, so that layers can be compared. `sums` [2]: of both, per element, over the samples taken in.
+    Scale-free, so that layers can be compared. `sums` [2]: of both, per element, over the samples taken in, of which a
+    process among several may have none.
     """
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(2)
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, device=device)
 
     def add(self, output: Tensor, target: Tensor) -> None:
         """Take in a part of the samples."""
