@@ -176,9 +176,9 @@ def test_the_estimate_counts_all_checkpoints_that_are_there_at_once(
     config: Optimization = (DistillConfig if stage == "distill" else FinetuneConfig)(keep_checkpoints=2)
     run, rotate, there = RunFolder(tmp_path), checkpoints._rotate, []
 
-    def seen(folder: Path, keep: int) -> None:
+    def seen(folder: Path, step: int, keep: int) -> None:
         there.append(len(list(folder.glob("*.pt"))))
-        rotate(folder, keep)
+        rotate(folder, step, keep)
 
     monkeypatch.setattr(checkpoints, "_rotate", seen)
     for step in range(1, 7):

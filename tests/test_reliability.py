@@ -288,6 +288,21 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     assert names == [f"{step:09d}.{kind}" for step in (4, 10, 11) for kind in ("json", "pt")]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_of_later_steps_take_no_whole_one_s_place(tmp_path: Path, keep: int) -> None:
+    run = RunFolder(tmp_path)
+    for step in (20, 30):
+        run.save_checkpoint("s", step, {"step": step}, keep=2)
+        (tmp_path / f"checkpoints/s/{step:09d}.pt").write_bytes(b"x")
+    assert run.load_checkpoint("s") is None
+    for step in (5, 10, 15):
+        run.save_checkpoint("s", step, {"step": step}, keep)
+        assert run.load_checkpoint("s")["step"] == step  # type: ignore[index]
+    run.save_checkpoint("s", 30, {"step": 30}, keep)
+    names = sorted(path.stem for path in (tmp_path / "checkpoints/s").glob("*.pt"))
+    assert names == [f"{step:09d}" for step in (20, 30)[-keep:]]
+
+
 def test_a_checkpoint_is_not_written_twice_unless_it_is_damaged(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.save_checkpoint("s", 3, {"step": 3, "x": torch.ones(4), "seconds": 1.0}, keep=1)

@@ -25,8 +25,9 @@ def save_checkpoint(
     folder: Path, step: int, state: Mapping[str, Any], keep: int, score: float | None = None,
     given_up: Callable[[], bool] = lambda: False,
 ) -> None:  # fmt: skip
-    """Write the state after `step`, then remove all but the newest `keep` and the one of lowest score.
+    """Write the state after `step`, then remove all up to it but the newest `keep` and the one of lowest score.
 
+    Later ones are damaged, since a stage goes on from the newest whole one: they take no whole one's place.
     given_up: asked while writing; True ends it. Raises CheckpointError; the earlier checkpoints are then as they were.
     """
     path = _path(folder, step)
@@ -47,7 +48,7 @@ def save_checkpoint(
         weights.write_json(path.with_suffix(".json"), {
             "version": VERSION, "step": step, "size": hashed.size, "sha256": hashed.digest.hexdigest(), "score": score,
         })  # fmt: skip
-    _rotate(folder, keep)
+    _rotate(folder, step, keep)
 
 
 def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
@@ -111,8 +112,8 @@ def _check(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is damaged: its hash is not the recorded one")
 
 
-def _rotate(folder: Path, keep: int) -> None:
-    paths = sorted(folder.glob("*.pt"))
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    paths = sorted(path for path in folder.glob("*.pt") if path.stem <= _path(folder, step).stem)
     scores = {path: score for path in paths if (score := _score(path)) is not None}
     best = min(scores, key=lambda path: (scores[path], path)) if scores else None
     for path in paths[: -max(1, keep)]:
