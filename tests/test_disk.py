@@ -10,11 +10,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import tiny_pipeline
 
 from grafting.errors import CheckpointError, RunError
+from grafting.evaluation import write_samples
+from grafting.generation import save_grid
 from grafting.rehearsal import _most_checkpoints
 from grafting.runs import RunFolder, checkpoints
 from grafting.training import cache as caches
@@ -109,6 +112,31 @@ def test_a_checkpoint_that_finds_no_room_is_one_error_and_leaves_the_others(
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert written(tmp_path / "checkpoints" / "s") == before
     assert run.load_checkpoint("s")["step"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("room", [0, 50, 60_000, 100_100, 100_500])
+def test_samples_that_find_no_room_are_one_error_and_leave_nothing(tmp_path: Path, room: int) -> None:
+    """A real refusal: at the head, inside the images, at the labels, and at the archive's end."""
+    images, old = np.zeros((10, 100, 100, 1), np.uint8), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"^can't write .*/a\.npz': File too large$"):
+            write_samples(tmp_path / "a.npz", images, np.arange(10), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sheet_that_finds_no_room_is_one_error(tmp_path: Path) -> None:
+    noise, old = np.random.default_rng(0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    images = noise.integers(0, 256, (10, 100, 100, 1), dtype=np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"^can't write .*/a\.png': File too large$"):
+            save_grid(images, tmp_path / "a.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EPERM, errno.EIO, errno.ESTALE])

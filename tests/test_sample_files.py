@@ -13,7 +13,7 @@ import pytest
 import torch
 from evaluation_tools import PROTOCOL, rng
 
-from grafting.errors import DataError, RunError
+from grafting.errors import CheckpointError, DataError
 from grafting.evaluation import SampleFile, SampleWriter, to_uint8, write_samples
 
 
@@ -72,7 +72,7 @@ def test_sample_writer_leaves_nothing_half_done(tmp_path: Path) -> None:
         write_samples(tmp_path / "a.npz", images, labels, {})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write"):
+    with pytest.raises(CheckpointError, match="can't write"):
         write_samples(tmp_path / "file" / "a.npz", images, labels[:2], {})
 
 

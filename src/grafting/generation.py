@@ -28,7 +28,7 @@ from grafting.evaluation.samples import SampleWriter, protocol_text
 from grafting.families import family_of
 from grafting.families.base import unwrap
 from grafting.families.codec import decoder, own_vae
-from grafting.formats.weights import combined_digest, digests, write_bytes
+from grafting.formats.weights import combined_digest, digests, new_file, write_bytes
 from grafting.parts import Parts
 from grafting.surgery import record_of
 from grafting.training.acceleration import compiled, compiles
@@ -239,7 +239,8 @@ def save_grid(images: np.ndarray, path: Path, columns: int = 10) -> None:
     for number, image in enumerate(images):
         top, left = number // columns * (height + 2), number % columns * (width + 2)
         sheet[top : top + height, left : left + width] = image
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
+    with new_file(path) as file:
+        Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(file, format="PNG")
 
 
 def _tile_side(count: int, columns: int, height: int, width: int) -> int:

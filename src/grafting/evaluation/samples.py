@@ -5,9 +5,9 @@ ADM's reference files (arrays mu, sigma, mu_s, sigma_s next to arr_0) are read b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from grafting.data.npz import NpzReader
-from grafting.errors import DataError, RunError
+from grafting.errors import DataError
+from grafting.formats import weights
 
 _MAX_META_BYTES = 1 << 22
 _MAX_LABEL_BYTES = 1 << 28
@@ -108,7 +109,8 @@ class SampleFile:
 class SampleWriter:
     """Write a sample file batch by batch: `with SampleWriter(path, N, (H, W, C), labels, protocol) as file`.
 
-    The file appears under its name only when all N images are in; the same input gives the same bytes.
+    The file appears under its name only when all N images are in; the same input gives the same bytes. An error of the
+    disk ends the block with CheckpointError, and nothing of the file is left.
     """
 
     def __init__(
@@ -126,21 +128,35 @@ class SampleWriter:
         _check_labels(labels, num_samples, str(self.path))
         self._labels = labels.astype(np.int64)
         self._meta = protocol_text(self.path, protocol)
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self._archive: zipfile.ZipFile | None = None
         self._file: IO[bytes] | None = None
+        self._whole = self._opened()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        with weights.new_file(self.path) as file:
+            archive = zipfile.ZipFile(file, "w")
+            self._file = archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True)
+            try:
+                header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+                np.lib.format.write_array_header_1_0(self._file, header)
+                yield
+                if self._num_written < self._shape[0]:
+                    raise DataError(f"{self.path}: {self._num_written} of {self._shape[0]} images were given")
+                self._file.close()
+                for name, array in (("arr_1", self._labels), ("meta", np.array(self._meta))):
+                    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+                archive.close()
+            except BaseException:
+                for opened in (self._file, archive):  # each writes as it closes, which a full disk refuses
+                    with contextlib.suppress(OSError):
+                        opened.close()
+                raise
+            finally:
+                self._file = None
 
     def __enter__(self) -> SampleWriter:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._archive = zipfile.ZipFile(self._partial, "w")
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self.path}: {error}; choose a folder that can be written"
-            ) from error
-        self._file = self._archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True)
-        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
+        self._whole.__enter__()
         return self
 
     def append(self, images: np.ndarray) -> None:
@@ -149,30 +165,13 @@ class SampleWriter:
             raise DataError(f"expected uint8 [B, {self._shape[1:]}], got {images.dtype} {list(images.shape)}")
         if self._file is None or self._num_written + len(images) > self._shape[0]:
             raise DataError(f"{self.path} is closed or full: it was opened for {self._shape[0]} images")
-        try:
-            self._file.write(np.ascontiguousarray(images).tobytes())
-        except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error}; free some space and sample again") from error
+        self._file.write(np.ascontiguousarray(images).tobytes())
         self._num_written += len(images)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        complete = kind is None and self._num_written == self._shape[0]
-        if self._file is not None and self._archive is not None:
-            self._file.close()
-            if complete:
-                for name, array in (("arr_1", self._labels), ("meta", np.array(self._meta))):
-                    with self._archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as file:
-                        np.lib.format.write_array(file, array, allow_pickle=False)
-            self._archive.close()
-            self._file = None
-        if complete:
-            os.replace(self._partial, self.path)
-            return
-        self._partial.unlink(missing_ok=True)
-        if kind is None:
-            raise DataError(f"{self.path}: {self._num_written} of {self._shape[0]} images were given")
+        self._whole.__exit__(kind, error, trace)
 
 
 def protocol_text(path: Path, protocol: Mapping[str, Any]) -> str:
