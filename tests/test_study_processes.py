@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +19,14 @@ from several import together
 from study_tools import QUIET, half, settings_of, tiny_study
 
 from grafting import processes, save_model, studies
-from grafting.errors import GraftError, RunError
+from grafting.errors import CheckpointError, GraftError, RunError
 from grafting.processes import own_device
 from grafting.recipes.rows import Row
 from grafting.recipes.table import plan_of, teacher_rows
 from grafting.studies import row_run, run_rows, run_study
-from grafting.studies.share import Launch, alone_in
+from grafting.studies.row_run import Setting
+from grafting.studies.runner import _work
+from grafting.studies.share import Launch, alone_in, link
 from grafting.training.compute import make_compute
 
 BROKEN = Row("broken", "broken", {"plan": plan_of("mha", "hyena_x", [99])})
@@ -213,3 +217,40 @@ def test_the_teacher_s_samples_are_asked_for_once_the_row_is_trained(
     drawn = sorted((tmp_path / "shared/teacher").glob("*/samples.npz"))
     linked = [tmp_path / "rows/half/samples" / f"{name}.npz" for name in ("teacher", "reference")]
     assert sorted(path.stat().st_ino for path in drawn) == sorted(path.stat().st_ino for path in linked)
+
+
+def test_a_disk_that_refuses_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for, and no row is left to it; a lock that is a link is refused like a file on a full disk."""
+    study = tiny_study(*teacher_rows()[:1])
+    for folder in (tmp_path / "shared", tmp_path / "rows" / study.rows[0].name):
+        folder.mkdir(parents=True)
+        (folder / "run.lock").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr("grafting.studies.share.time.sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(RunError, match=r"^can't write .*shared/run\.lock'"), alone_in(tmp_path / "shared"):
+        pytest.fail("it got in")
+    with pytest.raises(RunError, match=r"^can't write .*rows/.*/run\.lock'"):
+        _work(Setting(study, tmp_path), list(study.rows), QUIET)
+
+
+def test_a_copy_that_finds_no_room_is_one_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:  # as between two disks
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    source, target, old = (
+        tmp_path / "a.npz",
+        tmp_path / "b" / "a.npz",
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    source.write_bytes(bytes(range(256)) * 40)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, old[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"^can't write .*b/a\.npz': File too large$"):
+            link(source, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(target.parent.iterdir()) == []
+    link(source, target)
+    assert target.read_bytes() == source.read_bytes()

@@ -33,6 +33,10 @@ class RunError(GraftError):
     """A recipe or run folder that cannot be used as asked."""
 
 
+class InUseError(RunError):
+    """A folder that another living process writes to: it can be waited for, unlike a disk that refuses."""
+
+
 class OutOfMemoryError(RunError):
     """A device or machine that has not the memory that a stage needs as it is set; trying again would not help."""
 

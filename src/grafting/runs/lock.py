@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from grafting.errors import RunError
+from grafting.errors import InUseError, RunError
 
 try:
     import fcntl
@@ -88,7 +88,7 @@ class Owner:
 
 
 class FolderLock:
-    """The right to write to a folder. Within one process it is shared; another process gets RunError.
+    """The right to write to a folder. Within one process it is shared; another process gets InUseError.
 
     Released by `release`, when it goes out of use, and by the end of the process, however that comes.
     """
@@ -104,7 +104,7 @@ class FolderLock:
         return self.shared or (self._free is not None and self._free.alive)
 
     def acquire(self) -> None:
-        """Take the lock. Raises RunError, naming the holder, if a living process has it."""
+        """Take the lock. Raises InUseError, naming the holder, if a living process has it; RunError for the disk."""
         if self.held:
             return
         for _ in range(100):
@@ -123,7 +123,7 @@ class FolderLock:
                 if locked is False or (
                     owner is not None and not (locked and same_kernel) and is_alive(owner, self.path)
                 ):
-                    raise RunError(self._refusal(owner))
+                    raise InUseError(self._refusal(owner))
                 self._write(handle)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -133,7 +133,7 @@ class FolderLock:
             self._free = weakref.finalize(self, _release, handle, self.path, beating)
             threading.Thread(target=_beat, args=(handle, beating), name="grafting-lock", daemon=True).start()
             return
-        raise RunError(f"can't lock {str(self.path)!r}: the file comes and goes; is another run starting?")
+        raise InUseError(f"can't lock {str(self.path)!r}: the file comes and goes; is another run starting?")
 
     def release(self) -> None:
         """Give the lock back and remove its file."""

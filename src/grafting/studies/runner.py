@@ -18,7 +18,7 @@ import torch
 
 from grafting import processes
 from grafting.console import Console
-from grafting.errors import GraftError, RunError
+from grafting.errors import GraftError, InUseError, RunError
 from grafting.formats import weights
 from grafting.recipes.rows import Row, Study, UnavailableError
 from grafting.report.study import write_study
@@ -109,7 +109,7 @@ def _work(setting: Setting, rows: list[Row], console: Console) -> None:
             lock = FolderLock(folder)
             try:
                 lock.acquire()
-            except RunError as error:  # another process is at it
+            except InUseError as error:  # another process is at it
                 console.say(f"left to another process: {error}")
                 continue
             try:

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from grafting import processes
-from grafting.errors import RunError
+from grafting.errors import InUseError
+from grafting.formats import weights
 from grafting.runs import FolderLock
 
 _LAUNCHES = "launches"  # in a study's folder: a file for each process of a launch that worked there
@@ -80,9 +81,9 @@ def take(device: str) -> None:
 def alone_in(
     folder: Path, say: Callable[[str], None] | None = None, patience: float = math.inf
 ) -> Iterator[None]:
-    """While inside, no other process works in `folder`: waited for, `patience` seconds at most, then RunError.
+    """While inside, no other process works in `folder`: waited for, `patience` seconds at most, then InUseError.
 
-    say: is told once that there is something to wait for.
+    say: is told once that there is something to wait for. Raises RunError at once where the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
@@ -91,7 +92,7 @@ def alone_in(
         try:
             lock.acquire()
             break
-        except RunError as error:
+        except InUseError as error:
             if time.monotonic() > until:
                 raise
             if say is not None:
@@ -112,11 +113,8 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-        shutil.copy(source, partial)
-        os.replace(partial, target)
+        with source.open("rb") as given, weights.new_file(target) as file:
+            shutil.copyfileobj(given, file)
 
 
 __all__ = ["Launch", "alone_in", "link", "take"]
