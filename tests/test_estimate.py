@@ -179,6 +179,36 @@ def test_memory_of_stage_2_with_adapters_and_shared_weights(
     assert found["activations and gradients"] == pytest.approx(real, rel=0.05)
 
 
+def test_a_cut_student_keeps_shares_of_gradients_that_are_not_there_when_a_large_batch_takes_most() -> None:
+    teacher = estimate.meta_copy(tiny_dit())
+    student = graft(teacher, GraftPlan([Replace("mha", [1], "swa")]))
+    own = weight_bytes(student)
+    for batch_size, least, most in (
+        (1, 0.25, 0.75),
+        (64, 0.0, 0.02),
+    ):  # most is held late in backward, at its beginning
+        whole, cut = (
+            estimate.finetune_memory(teacher, student, config, batch_size, "fp32", processes=4)
+            for config in (FinetuneConfig(shard=shard, optimizer="adamw") for shard in ("none", "full"))
+        )
+        gone = whole["activations and gradients"] - cut["activations and gradients"]
+        assert least * own <= gone <= most * own
+        assert whole["weights"] - cut["weights"] == own - own // 4
+
+
+def test_a_cut_student_is_a_copy_also_of_what_it_shares(
+    adapted: tuple[nn.Module, nn.Module, FinetuneConfig],
+) -> None:
+    teacher, student, config = adapted
+    config = config.model_copy(update={"shard": "full", "optimizer": "adamw"})
+    whole, cut = (
+        estimate.finetune_memory(teacher, student, config, 1, "fp32", processes=number) for number in (1, 2)
+    )
+    assert whole["weights"] == weight_bytes(teacher, student)
+    assert cut["weights"] == weight_bytes(teacher) + weight_bytes(student) // 2 > whole["weights"]
+    assert cut["total"] == sum(size for name, size in cut.items() if name != "total")
+
+
 def test_what_is_shared_counts_once_and_one_graph_at_a_time_takes_less(
     adapted: tuple[nn.Module, nn.Module, FinetuneConfig],
 ) -> None:

@@ -38,8 +38,7 @@ def stage_memory(
         return estimate.distill_memory(teacher, student, recipe.distill or DistillConfig(), size, precision)
     if stage == "finetune":
         tune = recipe.finetune or FinetuneConfig()
-        parts = estimate.finetune_memory(teacher, student, tune, size, precision)
-        return _cut(parts, teacher, student, processes) if tune.shard == "full" else parts
+        return estimate.finetune_memory(teacher, student, tune, size, precision, processes=processes)
     return estimate.sample_memory(teacher, student, size, recipe.sample.guidance, precision)
 
 
@@ -109,21 +108,6 @@ def _bound(recipe: Recipe, stage: str, teacher: nn.Module, processes: int) -> in
         rows += 3 * first.reuse_passes * first.batch_size
     values = sum(site.num_tokens * site.width for site in family_of(teacher).sites(teacher))
     return 4 * rows * values + _MOST_WEIGHTS * weight_bytes(teacher)
-
-
-def _cut(parts: dict[str, int], teacher: nn.Module, student: nn.Module, processes: int) -> dict[str, int]:
-    """What a process holds of a student that is cut over all of them; blocks that are gathered are not counted."""
-    own = weight_bytes(teacher, student) - weight_bytes(teacher)  # what is not the teacher's own
-    left = {
-        "weights": parts["weights"] - own + own // processes,
-        "optimizer": parts["optimizer"] // processes,
-        "average": parts["average"] // processes,
-    }
-    gradients = parts["optimizer"] // 2  # of AdamW's two moments each is as large
-    computed = parts["activations and gradients"] - gradients + gradients // processes
-    found = {**parts, **left, "activations and gradients": computed}
-    del found["total"]
-    return {**found, "total": sum(found.values())}
 
 
 def student_of(recipe: Recipe, stage: str, teacher: nn.Module, plan: GraftPlan) -> nn.Module:

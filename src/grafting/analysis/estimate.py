@@ -91,12 +91,15 @@ def distill_memory(
 
 
 def finetune_memory(
-    teacher: nn.Module, student: nn.Module, config: FinetuneConfig, batch_size: int, precision: str
-) -> dict[str, int]:
+    teacher: nn.Module, student: nn.Module, config: FinetuneConfig, batch_size: int, precision: str, *,
+    processes: int = 1,
+) -> dict[str, int]:  # fmt: skip
     """Bytes of stage 2 at its peak, by what they hold. Models on the meta device; `batch_size` of one pass.
 
-    A student with LoRA adapters trains those and its new operators.
+    A student with LoRA adapters trains those and its new operators. processes: with `shard: full`, over how many the
+    student is cut; blocks that are gathered are not counted.
     """
+    ways = processes if config.shard == "full" else 1
     family = family_of(student)
     trained = _trained(student, config)
     weights = {str(name): weight for name, weight in config.objectives.items()}
@@ -118,12 +121,15 @@ def finetune_memory(
                 loss = loss + (value.float() - wanted[1][layer].float()).square().mean()
         loss.backward()
 
+    weights_held = weight_bytes(teacher, student, reference)
+    if ways > 1:  # all of it, also what it shares with the teacher while it is whole
+        weights_held = weight_bytes(teacher, reference) + weight_bytes(student) // ways
     return _with_total({
-        "weights": weight_bytes(teacher, student, reference),
-        "optimizer": _optimizer_bytes(student, trained, config),
-        "average": sum(p.numel() * max(4, p.element_size()) for p in trained),
+        "weights": weights_held,
+        "optimizer": _optimizer_bytes(student, trained, config) // ways,
+        "average": sum(p.numel() * max(4, p.element_size()) for p in trained) // ways,
         "held-out batches": config.num_validation * _sample_bytes(student),
-        "activations and gradients": _peak(step, reference, student, set(map(id, trained)), batch_size),
+        "activations and gradients": _peak(step, reference, student, set(map(id, trained)), batch_size, ways),
     })  # fmt: skip
 
 
@@ -170,9 +176,9 @@ def cache_bytes(student: nn.Module, config: DistillConfig, processes: int = 1) -
 
 
 def _peak(
-    step: Callable[..., None], teacher: nn.Module, student: nn.Module, trained: set[int], batch_size: int
-) -> int:
-    """The most bytes that `step` holds at once, run on tensors without values."""
+    step: Callable[..., None], teacher: nn.Module, student: nn.Module, trained: set[int], batch_size: int, ways: int = 1
+) -> int:  # fmt: skip
+    """The most bytes that `step` holds at once, run on tensors without values; of gradients one of `ways` shares."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     names = {name for name, p in student.named_parameters() if id(p) in trained}
@@ -182,6 +188,8 @@ def _peak(
     with FakeTensorMode():
         for model, learns in zip(models, (set(), names), strict=True):
             _without_values(model, learns)
+        if ways > 1:
+            _keep_shares(models[1], ways)
         x = torch.empty(batch_size, *shape)
         t = torch.zeros(batch_size, dtype=torch.int64)
         cond = family.example_condition(models[1], batch_size)
@@ -234,6 +242,20 @@ def _without_values(model: nn.Module, learns: set[str]) -> None:
         for name, b in list(module._buffers.items()):
             if b is not None:
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def _keep_shares(model: nn.Module, ways: int) -> None:
+    """Have a model keep one of `ways` shares of each gradient as soon as it is there, like one that is cut."""
+    kept: list[Tensor] = []
+
+    def keep(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        kept.append(parameter.grad.new_empty(-(-parameter.grad.numel() // ways)))
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(keep)
 
 
 @contextlib.contextmanager
