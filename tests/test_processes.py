@@ -24,6 +24,7 @@ from grafting.generation import generate
 from grafting.launch import launch, wanted
 from grafting.processes import Place, first_host, place
 from grafting.runs import RunFolder
+from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import FinetuneConfig, settings
 from grafting.training.loop import Interrupted, Quiet
@@ -235,6 +236,19 @@ def waits_for_a_slow_one(patience: float, slow: float) -> str:
 
 def test_a_wait_outlasts_the_patience_of_messages() -> None:
     assert together(2, waits_for_a_slow_one, 1.0, 4.0) == ["met", "met"]
+
+
+def test_stored_activations_are_waited_for_before_the_next_message(
+    data: ImageLabelDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, collect, teacher = list[str](), ActivationCache.collect, tiny_dit()
+    collecting = staticmethod(lambda *given: seen.append("stored") or collect(*given))
+    monkeypatch.setattr(ActivationCache, "collect", collecting)
+    monkeypatch.setattr(Compute, "wait", lambda compute: seen.append("waited"))
+    monkeypatch.setattr(Compute, "agree_to_stop", lambda compute, code: seen.append("asked"))
+    changes = {"steps": 1, "mode": "cached", "cache_samples": 10}
+    distill(graft(teacher, PLAN), teacher, data, {**STAGE_1, **changes})
+    assert seen[-4:-1] == ["stored", "waited", "asked"]
 
 
 def test_nobody_waits_for_one_that_is_gone() -> None:

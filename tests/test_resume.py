@@ -142,11 +142,12 @@ def test_the_first_process_checks_a_checkpoint_and_the_others_read_that_one(
 
     monkeypatch.setattr(checkpoints, "_check", checking)
     said: list[Any] = []
-    main: Any = SimpleNamespace(is_main=True, rank=0, from_main=lambda step: said.append(step) or step)
+    main: Any = SimpleNamespace(is_main=True, rank=0, from_main=lambda step: said.append(step) or step,
+                                wait=lambda: said.append("wait"))  # fmt: skip
     first = load_checkpoint(writer, "s", main)
     assert hashed == ["000000008.pt", "000000004.pt"]
-    assert said == [4]
-    other: Any = SimpleNamespace(is_main=False, rank=1, from_main=lambda step: said[0])
+    assert said == ["wait", 4]  # however long it hashes
+    other: Any = SimpleNamespace(is_main=False, rank=1, from_main=lambda step: said[1], wait=lambda: None)
     second = load_checkpoint(reader, "s", other)
     assert len(hashed) == 2
     assert first is not None

@@ -169,6 +169,7 @@ class _Stage:
         cache = None
         if config.mode == "cached":
             cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
+            self.compute.wait()  # of hours of writing one disk may need minutes more than another
         if config.reuse > 1:
             self.reused = ReusedTaps(
                 lambda index, paths: self.taps(self.batches.at(index), paths), [pupil.path for pupil in pupils],

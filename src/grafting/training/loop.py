@@ -194,6 +194,7 @@ def load_checkpoint(journal: Journal, stage: str, compute: Compute) -> dict[str,
     have it.
     """
     state = journal.load_checkpoint(stage) if compute.is_main else None
+    compute.wait()  # hashing it from a slow disk may outlast the patience of a message
     step = compute.from_main(None if state is None else state["step"])
     if compute.is_main or step is None:
         return state
