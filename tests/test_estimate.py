@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -319,6 +320,34 @@ def test_disk_of_stored_activations() -> None:
     site = 2 * (2 * 16 * 32 + 32)  # bytes a sample: input and output [16, 32], gate [32], float16
     assert [estimate.cache_bytes(student, config, n) for n in (1, 8)] == [24 * 2 * site, 8 * 24 * 2 * site]
     assert estimate.cache_bytes(student, DistillConfig(), 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "most"), [(None, 3), ({"reference": "teacher", "features": "fashion"}, 4)]
+)
+def test_disk_of_samples_is_the_most_that_lies_there_while_they_are_drawn(
+    tmp_path: Path, evaluate: dict[str, str] | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_runs import tiny_pipeline
+
+    from grafting import generation, rehearsal
+
+    pipeline = tiny_pipeline(tmp_path, evaluate=evaluate, sample={"num": 8, "batch_size": 4})
+    there, assemble = list[int](), generation._assemble
+
+    def joining(path: Path, parts: Any, *given: Any) -> None:
+        assemble(path, parts, *given)
+        inside = [file.stat().st_size for file in path.parent.rglob("*.np[yz]")]
+        there.append(sum(inside))
+
+    monkeypatch.setattr(generation, "_assemble", joining)
+    pipeline.sample()
+    teacher = estimate.meta_copy(pipeline.teacher)
+    found = rehearsal._disk(pipeline.recipe, teacher, pipeline.recipe.graft_plan, 1)["samples"]
+    images = 8 * 8 * 8
+    assert found == most * images
+    assert max(there) == pytest.approx(found, abs=most * 2000)  # heads of files
+    assert max(there) > found
 
 
 def edited_paths(student: nn.Module) -> list[str]:

@@ -203,10 +203,12 @@ def _disk(recipe: Recipe, teacher: nn.Module, plan: GraftPlan, processes: int) -
     ]
     channels, height, width = family_of(teacher).sample_shape(teacher)
     pixels = 3 * height * width * VAE_SIDE**2 if channels == 4 else channels * height * width
+    # The last file is there twice while it is made: its batches, and what they are joined to.
+    files = 3 + (recipe.evaluate is not None and recipe.evaluate.reference == TEACHER)
     return {
         "checkpoints": max(checkpoints, default=0),
         "graft": own,
-        "samples": 2 * recipe.sample.num * pixels,
+        "samples": files * recipe.sample.num * pixels,
         "activations": estimate.cache_bytes(student, recipe.distill, processes) if recipe.distill else 0,
     }
 
