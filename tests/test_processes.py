@@ -242,13 +242,31 @@ def test_stored_activations_are_waited_for_before_the_next_message(
     data: ImageLabelDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, collect, teacher = list[str](), ActivationCache.collect, tiny_dit()
-    collecting = staticmethod(lambda *given: seen.append("stored") or collect(*given))
+
+    def collecting(stage: Any, paths: list[str]) -> ActivationCache:
+        seen.append("stored")
+        return collect(stage, paths)
+
     monkeypatch.setattr(ActivationCache, "collect", collecting)
     monkeypatch.setattr(Compute, "wait", lambda compute: seen.append("waited"))
     monkeypatch.setattr(Compute, "agree_to_stop", lambda compute, code: seen.append("asked"))
     changes = {"steps": 1, "mode": "cached", "cache_samples": 10}
     distill(graft(teacher, PLAN), teacher, data, {**STAGE_1, **changes})
     assert seen[-4:-1] == ["stored", "waited", "asked"]
+
+
+def test_a_loss_that_is_measured_is_the_first_process_s(
+    data: ImageLabelDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device may round the figure that it is chosen by to the other side of a threshold."""
+    teacher, plan = tiny_dit(), GraftPlan([Replace("mha", [1, 3], "hyena_x", loss="auto")])
+
+    def from_main(compute: Compute, value: Any) -> Any:
+        return ["huber", "huber"] if isinstance(value, list) else value
+
+    monkeypatch.setattr(Compute, "from_main", from_main)
+    result = distill(graft(teacher, plan), teacher, data, {**STAGE_1, "steps": 1})
+    assert set(result.losses.values()) == {"huber"}
 
 
 def test_nobody_waits_for_one_that_is_gone() -> None:

@@ -135,22 +135,23 @@ class SampleWriter:
     def _opened(self) -> Iterator[None]:
         with weights.new_file(self.path) as file:
             archive = zipfile.ZipFile(file, "w")
-            self._file = archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True)
+            self._file = images = archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True)
             try:
                 header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
-                np.lib.format.write_array_header_1_0(self._file, header)
+                np.lib.format.write_array_header_1_0(images, header)
                 yield
                 if self._num_written < self._shape[0]:
                     raise DataError(f"{self.path}: {self._num_written} of {self._shape[0]} images were given")
-                self._file.close()
+                images.close()
                 for name, array in (("arr_1", self._labels), ("meta", np.array(self._meta))):
                     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
                 archive.close()
             except BaseException:
-                for opened in (self._file, archive):  # each writes as it closes, which a full disk refuses
-                    with contextlib.suppress(OSError):
-                        opened.close()
+                with contextlib.suppress(OSError):  # it writes as it closes, which a full disk refuses
+                    images.close()
+                with contextlib.suppress(OSError):
+                    archive.close()
                 raise
             finally:
                 self._file = None

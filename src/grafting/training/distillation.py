@@ -315,6 +315,9 @@ class _Stage:
         chosen = choose_losses(self.pupils, self._calibration, self.config.activations)
         if chosen is not None:
             self.journal.log({"stage": STAGE, "step": 0, "event": "loss", **chosen})
+            agreed_on = self.compute.from_main([pupil.loss for pupil in self.pupils])
+            for pupil, loss in zip(self.pupils, agreed_on, strict=True):
+                pupil.loss = loss  # devices may round differently what it was chosen by
         found = start_pupils(
             self.family, self.student, self.teacher, self.pupils, self.config, self.errors, self._calibration,
             self.compute.device,
