@@ -195,6 +195,8 @@ def test_a_cut_student_keeps_shares_of_gradients_that_are_not_there_when_a_large
         gone = whole["activations and gradients"] - cut["activations and gradients"]
         assert least * own <= gone <= most * own
         assert whole["weights"] - cut["weights"] == own - own // 4
+        held = FinetuneConfig().num_validation // 4 * (3 * 4 * 8 * 8 + 8)  # x0, x_t, noise, label
+        assert whole["held-out batches"] == cut["held-out batches"] == held
 
 
 def test_a_cut_student_is_a_copy_also_of_what_it_shares(

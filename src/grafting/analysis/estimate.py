@@ -96,8 +96,8 @@ def finetune_memory(
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of stage 2 at its peak, by what they hold. Models on the meta device; `batch_size` of one pass.
 
-    A student with LoRA adapters trains those and its new operators. processes: with `shard: full`, over how many the
-    student is cut; blocks that are gathered are not counted.
+    A student with LoRA adapters trains those and its new operators. processes: over how many the held-out samples are
+    shared out and, with `shard: full`, the student is cut; blocks that are gathered are not counted.
     """
     ways = processes if config.shard == "full" else 1
     family = family_of(student)
@@ -128,7 +128,7 @@ def finetune_memory(
         "weights": weights_held,
         "optimizer": _optimizer_bytes(student, trained, config) // ways,
         "average": sum(p.numel() * max(4, p.element_size()) for p in trained) // ways,
-        "held-out batches": config.num_validation * _sample_bytes(student),
+        "held-out batches": -(-config.num_validation // processes) * _sample_bytes(student),
         "activations and gradients": _peak(step, reference, student, set(map(id, trained)), batch_size, ways),
     })  # fmt: skip
 
