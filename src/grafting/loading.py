@@ -17,6 +17,7 @@ from grafting.formats import diffusers_folder, dit_states, weights
 from grafting.formats.graft_folder import is_graft_folder, load_graft, load_saved_model
 from grafting.formats.published import load_published
 from grafting.models.dit import DiT
+from grafting.plugins import HOW
 from grafting.surgery import record_of, set_pipeline, set_source
 
 PACKAGED = ("dit-fashion", "pixart-emoji")
@@ -81,7 +82,10 @@ def _architecture(source: str, device: torch.device) -> nn.Module:
                 torch.manual_seed(draws.torch_seed(0, source))
                 return family.build(architecture).eval()
     known = "; ".join(family.names for family in families().values())
-    raise GraftError(f"unknown architecture {name!r}: expected {known}, such as DiT-XL/2 or PixArt-Sigma-2K")
+    raise GraftError(
+        f"unknown architecture {name!r}: expected {known}, such as DiT-XL/2 or PixArt-Sigma-2K; "
+        f"for one of another family, {HOW}"
+    )
 
 
 def packaged_folder(name: str) -> Path:

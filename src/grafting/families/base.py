@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from grafting import operators
 from grafting.errors import DataError, GraftError, PlanError
 from grafting.operators import AttentionDonor, Cost, MLPDonor
+from grafting.plugins import load_plugins
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 
@@ -129,7 +130,11 @@ class Family(ABC):
 
     @abstractmethod
     def predict(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """Raw prediction [B, 2C, H, W] for noised x [B, C, H, W] at timesteps t [B]."""
+        """Raw prediction for x [B, C, H, W], noised by `diffusion.add_noise` to t [B] (int64, 0..999).
+
+        [B, C, H, W]: the noise; [B, 2C, H, W]: then the coefficients of a learned variance, which `ddpm` needs.
+        A model of another process converts here (CONTRIBUTING.md has flow matching).
+        """
 
     @abstractmethod
     def taps(
@@ -259,7 +264,7 @@ class Family(ABC):
         return self.sample_shape(model)[0]
 
     def predict_guided(self, model: nn.Module, x: Tensor, t: Tensor, cond: Any, scale: float) -> Tensor:
-        """Classifier-free guidance in one doubled batch: [B, 2C, H, W], the variance unguided."""
+        """Classifier-free guidance in one doubled batch, as `predict` returns it; the variance unguided."""
         both = self.join_conditions(cond, self.null_condition(model, cond))
         output = self.predict(model, torch.cat([x, x]), torch.cat([t, t]), both)
         conditional, unconditional = output.chunk(2)
@@ -280,25 +285,32 @@ def register_family(family: Family) -> None:
 
 
 def families() -> dict[str, Family]:
-    """All registered families by name."""
+    """All registered families by name, those of plugins too."""
+    load_plugins()
     return dict(_FAMILIES)
 
 
 def family_of(model: nn.Module) -> Family:
     """The family that owns `model`, also when it is wrapped by a data-parallel or compiled module."""
     bare = unwrap(model)
-    for family in _FAMILIES.values():
-        if family.owns(bare):
-            return family
+    if (family := _owner(bare)) is not None:
+        return family
     raise GraftError(
         f"no family knows a model of class {type(bare).__name__}: known are {', '.join(_FAMILIES)}; "
         "register one with grafting.families.register_family"
     )
 
 
+def _owner(model: nn.Module) -> Family | None:
+    owner = next((family for family in _FAMILIES.values() if family.owns(model)), None)
+    if owner is None:  # plugins are asked for only where nobody else knows the model
+        owner = next((family for family in families().values() if family.owns(model)), None)
+    return owner
+
+
 def is_known(model: nn.Module) -> bool:
     """Whether a registered family owns `model`."""
-    return any(family.owns(unwrap(model)) for family in _FAMILIES.values())
+    return _owner(unwrap(model)) is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

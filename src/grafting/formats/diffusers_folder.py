@@ -11,6 +11,7 @@ from torch import nn
 from grafting.errors import CheckpointError
 from grafting.families import families
 from grafting.formats import weights
+from grafting.plugins import HOW
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _HALF = "fp16"  # the variant that is read where there are no others
@@ -35,7 +36,7 @@ def read_transformer(folder: Path) -> nn.Module:
             return family.from_diffusers(config, _read_tensors(folder), str(folder))
     raise CheckpointError(
         f"{folder / 'config.json'} describes a {config.get('_class_name')!r}; expected diffusers' "
-        "DiTTransformer2DModel or PixArtTransformer2DModel"
+        f"DiTTransformer2DModel or PixArtTransformer2DModel; for a model of another family, {HOW}"
     )
 
 

@@ -21,6 +21,7 @@ from grafting.families import families, family_of, unwrap
 from grafting.formats import limits, weights
 from grafting.lora import Lora, add_lora, lora_of, module_state, plain_name, plain_state
 from grafting.plan import GraftPlan
+from grafting.plugins import HOW
 from grafting.surgery import GraftRecord, graft, pipeline_source, record_of, set_record
 
 FORMAT, VERSION = "grafting", 1
@@ -189,7 +190,9 @@ def _build(architecture: dict[str, Any]) -> nn.Module:
     name = architecture.get("family")
     family = families().get(name) if isinstance(name, str) else None
     if family is None:
-        raise CheckpointError(f"unknown model family {str(name)[:60]!r}: known are {', '.join(families())}")
+        raise CheckpointError(
+            f"unknown model family {str(name)[:60]!r}: known are {', '.join(families())}; for another, {HOW}"
+        )
     return family.build(architecture)
 
 

@@ -21,6 +21,7 @@ from pydantic.errors import PydanticUserError
 from torch import nn
 
 from grafting.errors import OperatorError
+from grafting.plugins import VARIABLE, load_plugins
 
 DIMENSIONS = ("dim", "num_heads", "num_tokens")
 TARGETS = ("mha", "mlp")
@@ -81,7 +82,8 @@ def register(
 
 
 def names() -> list[str]:
-    """Names of all registered operators, in order of registration."""
+    """Names of all registered operators, in order of registration, those of plugins too."""
+    load_plugins()
     return list(_entries)
 
 
@@ -91,12 +93,16 @@ def get(name: str, package: str | None = None) -> Entry:
     `package`: which package is known to register it (a saved graft stores that), for the error if it is not
     registered. Raises `OperatorError`.
     """
+    if not isinstance(name, str) or name not in _entries:
+        load_plugins()
     entry = _entries.get(name) if isinstance(name, str) else None
     if entry is not None:
         return entry
     message = f"unknown operator {_short(name)}"
     if package and package != "grafting":
-        raise OperatorError(f"{message}: it is registered by the package '{package}': import {package} first")
+        raise OperatorError(
+            f"{message}: it is registered by the package '{package}': import {package} first, or name it in {VARIABLE}"
+        )
     raise OperatorError(f"{message}{_did_you_mean(name, _entries)}; registered: {', '.join(_entries)}")
 
 

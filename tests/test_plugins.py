@@ -1,0 +1,130 @@
+"""Operators and families of other packages: known in this process, in a command, and in the processes it starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import tiny_dit
+from pixart_tools import tiny_transformer
+from several import together
+
+from grafting import families, load_model, operators, plugins, save_model
+from grafting.errors import CheckpointError, GraftError
+from grafting.families import base
+from grafting.operators import registry
+
+ACME = """
+from grafting.families import DiTFamily, register_family
+from grafting.operators import register
+from torch import nn
+
+
+@register("acme_mixer", targets=("mha",))
+class AcmeMixer(nn.Linear):
+    def __init__(self, *, dim: int, scale: float = 1.0):
+        super().__init__(dim, dim)
+
+
+class AcmeFamily(DiTFamily):
+    name, names = "acme", "Acme-<size>"
+
+    def owns(self, model):
+        return type(model).__name__ == "Acme"
+
+    def named(self, name):
+        return None
+
+    def reads(self, config):
+        return config.get("_class_name") == "AcmeTransformer"
+
+
+register_family(AcmeFamily())
+"""
+
+
+@pytest.fixture
+def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module `acme_grafts` that can be imported and was not; what it registers is gone after the test."""
+    (tmp_path / "acme_grafts.py").write_text(ACME)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(base, "_FAMILIES", dict(base._FAMILIES))
+    monkeypatch.setattr(plugins, "_imported", set())
+    monkeypatch.delitem(sys.modules, "acme_grafts", raising=False)
+    monkeypatch.setenv(plugins.VARIABLE, "acme_grafts")
+    return "acme_grafts"
+
+
+def test_a_module_named_in_the_environment_registers_its_operators_and_families(acme: str) -> None:
+    assert operators.get("acme_mixer").package == acme
+    assert "acme_mixer" in operators.names()
+    assert "acme" in families.families()
+
+
+def test_a_model_that_nobody_knows_is_asked_of_the_plugins(acme: str) -> None:
+    class Acme(type(tiny_dit())):  # type: ignore[misc]
+        pass
+
+    model: Any = tiny_dit()
+    model.__class__ = Acme
+    base._FAMILIES["dit"] = SimpleNamespace(owns=lambda model: False)  # type: ignore[assignment]
+    assert families.is_known(model)
+    assert families.family_of(model).name == "acme"
+
+
+def test_an_installed_package_is_found_by_its_entry_point(acme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(plugins.VARIABLE)
+    monkeypatch.setattr(plugins, "_installed", lambda: [(acme, "an entry point of grafting.plugins")])
+    assert "acme_mixer" in operators.names()
+
+
+def test_entry_points_are_those_of_the_documented_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "acme-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (told / "entry_points.txt").write_text("[grafting.plugins]\nacme = acme_grafts\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = plugins._installed.__wrapped__()
+    assert ("acme_grafts", "an entry point of grafting.plugins") in found
+
+
+def test_a_plugin_that_fails_is_named_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugins.VARIABLE, "no_such_plugin")
+    for _ in range(2):
+        with pytest.raises(
+            GraftError, match=r"'no_such_plugin', named in GRAFTING_PLUGINS.*ModuleNotFoundError"
+        ):
+            operators.names()
+    assert operators.get("hyena_x").package == "grafting"  # what is known needs no plugin
+
+
+def test_a_command_and_the_processes_it_starts_know_plugins(acme: str, tmp_path: Path) -> None:
+    save_model(tiny_dit(), tmp_path / "model")
+    (tmp_path / "plan.yaml").write_text(
+        "- replace: {target: mha, layers: [1], with: {acme_mixer: {scale: 2.0}}}\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "grafting", "explain", "model", "--plan", "plan.yaml"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "acme_mixer" in ran.stdout
+    assert together(2, operators.describe, "acme_mixer") == ["scale (float, default 1.0)"] * 2
+
+
+def test_what_is_of_no_known_family_is_told_of_plugins(tmp_path: Path) -> None:
+    tiny_transformer().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("PixArtTransformer2DModel", "AcmeTransformer"))
+    with pytest.raises(CheckpointError, match=r"'AcmeTransformer'.*of another family.*GRAFTING_PLUGINS"):
+        load_model(tmp_path)
+    with pytest.raises(GraftError, match=r"unknown architecture 'Acme-1'.*GRAFTING_PLUGINS"):
+        load_model("arch:Acme-1")
