@@ -13,8 +13,10 @@ import torch
 from conftest import FIXTURES, relative, tiny_dit
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grafting import diffusion, draws, generation, load_model
+from grafting.diffusion import process
 from grafting.diffusion.process import tables
 from grafting.diffusion.sampling import _scheduler
 from grafting.errors import DataError, GraftError
@@ -301,3 +303,16 @@ def test_generate_refuses_and_leaves_nothing(tmp_path: Path, arguments: dict[str
     with pytest.raises(GraftError):
         generate(tiny_dit(), tmp_path / "x.npz", **{"num": 2, "steps": 2, **arguments})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_of_an_estimate_are_not_kept() -> None:
+    process._kept.cache_clear()
+    t = torch.tensor([0, 999])
+    with FakeTensorMode():
+        found = process.tables(torch.device("cpu"))
+        assert process.at(found.sqrt_alpha_bar, torch.zeros(2, dtype=torch.int64)).shape == (2, 1, 1, 1)
+    kept = process.tables(torch.device("cpu"))
+    assert process.at(kept.sqrt_alpha_bar, t)[0, 0, 0, 0].item() == pytest.approx((1 - 1e-4) ** 0.5)
+    with FakeTensorMode():  # nor are those with values given to an estimate, which can't compute with them
+        again = process.tables(torch.device("cpu"))
+        assert process.at(again.log_beta, torch.zeros(2, dtype=torch.int64)).shape == (2, 1, 1, 1)

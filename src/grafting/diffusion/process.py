@@ -27,9 +27,21 @@ class Tables:
     log_beta: Tensor
 
 
-@lru_cache(maxsize=8)
 def tables(device: torch.device) -> Tables:
-    """The coefficient tables on `device`."""
+    """The coefficient tables on `device`; a family may ask for them in `predict`."""
+    if (
+        type(torch.empty(0)) is not Tensor
+    ):  # an estimate computes with tensors without values: none of them may stay
+        return _made(device)
+    return _kept(device)
+
+
+@lru_cache(maxsize=8)
+def _kept(device: torch.device) -> Tables:
+    return _made(device)
+
+
+def _made(device: torch.device) -> Tables:
     beta = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - beta, dim=0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
