@@ -95,6 +95,15 @@ def test_large_images_are_decoded_a_few_at_a_time(
     assert np.array_equal(images, to_uint8((2 * latents[:, :3]).clamp(-1, 1)))
 
 
+def test_latents_of_any_channels_are_decoded_by_a_vae_of_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, model = _VAE(), tiny_dit(in_channels=16)
+    monkeypatch.setattr(vae, "config", SimpleNamespace(**vars(_VAE.config), latent_channels=16))
+    monkeypatch.setattr(codec, "load_vae", lambda *_: vae)
+    assert codec.decoder(model, "some/vae")(torch.zeros(2, 16, 8, 8)).shape == (2, 8, 8, 3)
+    with pytest.raises(GraftError, match=r"have 4 channels, the VAE 'some/vae' decodes 16"):
+        codec.decoder(tiny_dit(in_channels=4), "some/vae")
+
+
 def test_a_vae_for_a_model_of_pixels_is_refused() -> None:
     with pytest.raises(GraftError, match=r"makes pixels.*some/vae.*leave it out"):
         codec.decoder(tiny_dit(), "some/vae")

@@ -143,7 +143,7 @@ def _check_evaluation(pipeline: Pipeline, teacher: nn.Module, missing: list[str]
     else:
         pipeline.check_evaluation()
         channels, height, width = family_of(teacher).sample_shape(teacher)
-        shape = (height, width, channels) if channels != 4 else (VAE_SIDE * height, VAE_SIDE * width, 3)
+        shape = (height, width, channels) if channels in (1, 3) else (VAE_SIDE * height, VAE_SIDE * width, 3)
         check_measures(config.reference, config.features, shape)
 
 
@@ -202,7 +202,7 @@ def _disk(recipe: Recipe, teacher: nn.Module, plan: GraftPlan, processes: int) -
         if config is not None
     ]
     channels, height, width = family_of(teacher).sample_shape(teacher)
-    pixels = 3 * height * width * VAE_SIDE**2 if channels == 4 else channels * height * width
+    pixels = channels * height * width if channels in (1, 3) else 3 * height * width * VAE_SIDE**2
     # The last file is there twice while it is made: its batches, and what they are joined to.
     files = 3 + (recipe.evaluate is not None and recipe.evaluate.reference == TEACHER)
     return {

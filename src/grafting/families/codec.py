@@ -84,7 +84,7 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def decoder(model: nn.Module, vae: str | None = None, device: torch.device | str = "cpu") -> Decoder:
     """How samples of `model` become uint8 images [N, H, W, C].
 
-    One or three channels are pixels, and `vae` is then refused. Four are latents of `vae`, a folder or hub id of
+    One or three channels are pixels, and `vae` is then refused. Others are latents of `vae`, a folder or hub id of
     diffusers' AutoencoderKL (default: that of the pipeline that the model came from, else the family's, which for
     `dit` is sd-vae-ft-ema and for `pixart` none), scaled by its own factor. Raises `GraftError`.
     """
@@ -121,11 +121,15 @@ def _vae_of(model: nn.Module, vae: str | None, device: torch.device | str) -> An
         raise GraftError(
             f"this model makes pixels and has no use for the VAE {vae!r}: leave it out (--vae, sample.vae)"
         )
-    if channels != 4:
+    name = own_vae(model) if vae is None else vae
+    loaded = load_vae(name, device)
+    made = getattr(loaded.config, "latent_channels", channels)
+    if made != channels:
         raise GraftError(
-            f"no codec for samples of {channels} channels; sample from Python and decode them yourself"
+            f"samples of this model have {channels} channels, the VAE {name!r} decodes {made}; give the VAE that the "
+            "model was trained with (--vae, or sample.vae in a recipe)"
         )
-    return load_vae(own_vae(model) if vae is None else vae, device)
+    return loaded
 
 
 def own_vae(model: nn.Module) -> str:
