@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,14 @@ class Explanation:
     params: tuple[int, int]  # of the model before and after
     flops_per_image: tuple[float, float]  # likewise, 2 per multiply-add
 
+    def __str__(self) -> str:
+        rows = self.to_dict()["edits"]
+        lines = [f"  layer {row['layer']} {row['target']}: {row['from']} -> {row['to']}, "
+                 f"parameters {_change(row['params'])}, FLOPs {_change(row['flops'])}" for row in rows]  # fmt: skip
+        whole = f"parameters {_change(self.params)}, FLOPs per image {_change(self.flops_per_image)}"
+        depth = f", depth {self.depth[0]} -> {self.depth[1]}" if self.depth[0] != self.depth[1] else ""
+        return "\n".join([f"{whole}{depth}", *lines])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
@@ -99,6 +108,11 @@ class Explanation:
                 *(block.to_dict() for block in self.pruned),
             ],
         }
+
+
+def _change(values: Sequence[float]) -> str:
+    before, after = values
+    return f"{before:,.0f} -> {after:,.0f}" + (f" ({after / before - 1:+.1%})" if before else "")
 
 
 def _costs(before: Cost, after: Cost) -> dict[str, list[float]]:

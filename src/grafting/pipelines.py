@@ -68,9 +68,19 @@ def save_pipeline(
     pipeline is; default: where the model was told of, or came from. Raises CheckpointError.
     """
     record, folder = record_of(model), Path(folder)
-    if record is None or not (record.source or record.pipeline or pipeline):
+    if record is None:
+        if record_of(getattr(model, "transformer", None)) is not None:
+            raise CheckpointError(
+                "save_pipeline takes the edited transformer, not the pipeline around it: give its .transformer"
+            )
         raise CheckpointError(
-            "only an edited model that came from a pipeline can be saved as one; use save_model"
+            "save_pipeline is for what graft() or load_graft() returned, and this model has no plan; use save_model, or "
+            "diffusers' own save_pretrained"
+        )
+    if not (record.source or record.pipeline or pipeline):
+        raise CheckpointError(
+            "this model does not say which pipeline it is of, since load_model did not load its base; give pipeline=: "
+            "the folder or hub id of the unedited pipeline"
         )
     home = find_pipeline(pipeline) if pipeline else home_of(model)
     index = read_index(home)

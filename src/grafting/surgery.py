@@ -18,7 +18,7 @@ from grafting import draws, operators
 from grafting.depth import depth_edits, meta_copy, open_groups, rearrange
 from grafting.errors import CheckpointError, GraftError, PlanError
 from grafting.explanation import Edit, Explanation
-from grafting.families import Family, Site, family_of
+from grafting.families import Family, Site, family_of, unwrap
 from grafting.formats.weights import combined_digest, digests
 from grafting.operators import Cost
 from grafting.plan import GraftPlan, Parallelize, PlanLike, Replace
@@ -48,7 +48,7 @@ class GraftRecord:
 
 def record_of(model: nn.Module) -> GraftRecord | None:
     """The record of an edited model, or None for one that was not edited."""
-    record = getattr(model, _RECORD, None)
+    record = getattr(unwrap(model), _RECORD, None)
     return record if isinstance(record, GraftRecord) else None
 
 
@@ -196,6 +196,7 @@ def explain(model: nn.Module, plan: PlanLike, locality: Locality | None = None) 
     )
 
 
+@torch.inference_mode(False)  # weights made in it could never be trained
 def graft(
     model: nn.Module, plan: PlanLike, *, seed: int = 0, locality: Locality | None = None, share: bool = False
 ) -> nn.Module:  # fmt: skip
@@ -204,11 +205,13 @@ def graft(
     New operators are drawn from (seed, path of the site) and, with `init: donor`, then take over what the donor's
     weights can give. No data is needed. plan: a `GraftPlan`, its entries, its plan-file form, or a plan file.
     share: the weights that stay are the own tensors of `model`, for stages that leave them as they are (stage 1, LoRA);
-    a plan with groups of blocks, which are trained, copies all the same.
+    a plan with groups of blocks, which are trained, copies all the same. Of a model inside of torch.compile's or data
+    parallel's wrapper the copy is bare.
     Raises PlanError or OperatorError.
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise PlanError(f"seed={seed!r}: expected a whole number of at least 0")
+    model = unwrap(model)  # the record has to be on the model itself, not on torch.compile's wrapper
     resolved, edits = match(model, plan, locality)
     family = family_of(model)
     earlier, seed = record_of(model), int(seed)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grafting.conditioning import Caption
 from grafting.data.dataset import DataSource, ImageLabelDataset
 from grafting.data.fashion import NUM_CLASSES, SPLITS, has_idx_files, load_full, packaged_subset, pad_to_32
 from grafting.data.latents import LatentDataset, is_latents
@@ -81,7 +82,8 @@ def as_data(data: Any) -> DataSource:
 
     A `DataSource` is taken as it is; a packaged name or a path goes to `load_dataset`. An `ImageLabelDataset` is made
     of a pair (x [N, C, H, W], y [N]) of tensors or arrays, {"x": ..., "y": ...}, a `TensorDataset` of the two, a
-    map-style dataset of pairs (image, label), or a `DataLoader` of such. Raises DataError.
+    map-style dataset of pairs (image, label) or items {"x": ..., "y": ...}, or a `DataLoader` of such, of which the
+    dataset alone is taken: batches and their order are the stage's own. Raises DataError.
     """
     if isinstance(data, (str, Path)):
         return load_dataset(data)
@@ -92,6 +94,11 @@ def as_data(data: Any) -> DataSource:
     if isinstance(data, torch.utils.data.TensorDataset) and len(data.tensors) == 2:
         return ImageLabelDataset(*data.tensors)
     if isinstance(data, (tuple, list)) and len(data) == 2 and getattr(data[0], "ndim", 0) == 4:
+        if isinstance(data[1], Caption):
+            raise DataError(
+                "data: images and captions in memory: give the folder of graft synthesize, or an object with the methods "
+                "of grafting.data.DataSource whose batch gives x and a Caption (docs/python.md)"
+            )
         return ImageLabelDataset(*data)
     pairs = data.dataset if isinstance(data, torch.utils.data.DataLoader) else data
     if (
@@ -99,17 +106,36 @@ def as_data(data: Any) -> DataSource:
         and hasattr(pairs, "__getitem__")
         and not isinstance(pairs, (Mapping, Tensor, np.ndarray))
     ):
-        try:
-            x, y = zip(
-                *((torch.as_tensor(x), int(y)) for x, y in (pairs[i] for i in range(len(pairs)))), strict=True
-            )
-            return ImageLabelDataset(torch.stack(x), torch.tensor(y))
-        except (TypeError, ValueError, RuntimeError):
-            pass
+        return _from_pairs(pairs)
     raise DataError(
         f"data: got {type(data).__name__}; expected a packaged name ({', '.join(PACKAGED)}), a path, what load_dataset "
         "returns, a pair of tensors (x [N, C, H, W], y [N]), or a dataset of pairs (image [C, H, W], label)"
     )
+
+
+def _from_pairs(pairs: Any) -> ImageLabelDataset:
+    """All items of a map-style dataset in memory. Raises DataError that says which item is none, and why."""
+    images, labels = [], []
+    for index in range(len(pairs)):
+        try:
+            item = pairs[index]
+            x, y = (item["x"], item["y"]) if isinstance(item, Mapping) else item
+            images.append(torch.as_tensor(x))
+            labels.append(int(y))
+        except Exception as error:  # of the dataset's own code, too
+            reason = next(iter(str(error).splitlines()), "")[:200]
+            raise DataError(
+                f"data: item {index} of {type(pairs).__name__} can't be read as a pair (image [C, H, W], label) or "
+                f'{{"x": image, "y": label}}: {type(error).__name__}: {reason}'
+            ) from error
+        if images[-1].shape != images[0].shape:
+            raise DataError(
+                f"data: item {index} of {type(pairs).__name__} has shape {list(images[-1].shape)}, item 0 "
+                f"{list(images[0].shape)}; give images of one size"
+            )
+    if not images:
+        raise DataError(f"data: {type(pairs).__name__} has no items")
+    return ImageLabelDataset(torch.stack(images), torch.tensor(labels))
 
 
 def _fashion(images: np.ndarray, labels: np.ndarray, name: str) -> ImageLabelDataset:

@@ -5,6 +5,8 @@ Axes: B batch, C channels, H W height and width, N tokens, D width.
 
 from __future__ import annotations
 
+import operator
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -296,8 +298,7 @@ def family_of(model: nn.Module) -> Family:
     if (family := _owner(bare)) is not None:
         return family
     raise GraftError(
-        f"no family knows a model of class {type(bare).__name__}: known are {', '.join(_FAMILIES)}; "
-        "register one with grafting.families.register_family"
+        f"no family knows a model of class {type(bare).__name__}: known are {', '.join(_FAMILIES)}; {_instead_of(bare)}"
     )
 
 
@@ -306,6 +307,22 @@ def _owner(model: nn.Module) -> Family | None:
     if owner is None:  # plugins are asked for only where nobody else knows the model
         owner = next((family for family in families().values() if family.owns(model)), None)
     return owner
+
+
+def _instead_of(model: Any) -> str:
+    """What to give instead of something that no family knows: mostly it holds, names or saves what one does."""
+    if isinstance(model, (str, os.PathLike)):
+        return "load it first: grafting.load_model"
+    for inside in ("transformer", "module", "base_model.model"):
+        try:
+            found = operator.attrgetter(inside)(model)
+        except AttributeError:
+            continue
+        if isinstance(found, nn.Module) and is_known(found):
+            return f"give the model inside of it, its .{inside}"
+    if type(model).__name__ == "DiTTransformer2DModel":
+        return "save it with save_pretrained(folder) and give grafting.load_model(folder), which reads its layout"
+    return "register one with grafting.families.register_family"
 
 
 def is_known(model: nn.Module) -> bool:

@@ -37,7 +37,8 @@ SELF_CONTAINED_FROM = 0.9  # share of the base's parameters that differ
 def save_graft(model: nn.Module, folder: str | Path) -> None:
     """Save an edited model to `folder`: the plan, the tensors that differ from its base, and the base's name and hash.
 
-    Raises CheckpointError for a model that was not edited, and where the folder can't be written.
+    Raises CheckpointError for a model that was not edited or that its plan would not give again (modules exchanged by
+    hand, adapters that finetune did not add), and where the folder can't be written.
     """
     folder, model = Path(folder), unwrap(model)
     record = record_of(model)
@@ -49,6 +50,7 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
     now = {plain_name(name): digest for name, digest in weights.digests(model).items()}
     if not now:
         raise CheckpointError("this model is on the meta device and has no values to save")
+    _check_loadable(record, state, lora)
     family = family_of(model)
     base_names = {name: family.teacher_name(model, name) for name in state}
     changed = {name for name, digest in now.items() if record.base_digests.get(base_names[name]) != digest}
@@ -77,6 +79,20 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
     for stale in folder.glob("graft-*.safetensors"):
         if stale.name != file:
             stale.unlink(missing_ok=True)
+
+
+def _check_loadable(record: GraftRecord, state: dict[str, torch.Tensor], lora: Lora | None) -> None:
+    """Raise CheckpointError unless the plan makes tensors of these names and shapes, as `load_graft` will do."""
+    manifest: dict[str, Any] = {"seed": record.seed, **({"lora": lora.to_dict()} if lora else {})}
+    with torch.device("meta"):
+        planned = plain_state(_edited(_build(record.architecture), record.plan, manifest))
+    try:
+        weights.check_fit(planned, state, "save_graft: the plan of this model makes another one")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; nothing could load it: undo what was exchanged or added by hand (PEFT's "
+            "adapters: merge_and_unload() first, or train them with finetune's lora:), or graft the base by another plan"
+        ) from None
 
 
 def is_graft_folder(folder: Path) -> bool:
@@ -124,7 +140,8 @@ def load_graft(
         if base is None:
             if not reference["source"]:
                 raise CheckpointError(
-                    f"{folder}: the graft does not say where its base came from; give base="
+                    f"{folder}: the graft does not say where its base came from; give the model that was edited: "
+                    "grafting.load_graft(folder, base=model)"
                 )
             base = reference["source"]
         if isinstance(base, (str, os.PathLike)):

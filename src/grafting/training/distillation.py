@@ -24,7 +24,7 @@ from grafting.depth import open_groups
 from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family, Tap
 from grafting.plan import Parallelize, Replace
-from grafting.surgery import edited_groups, edited_sites
+from grafting.surgery import edited_groups, edited_sites, record_of
 from grafting.training.acceleration import compiled, frozen_copy
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
@@ -38,6 +38,7 @@ from grafting.training.loop import (
     Journal,
     Quiet,
     agreed,
+    check_types,
     family_and_model,
     held_out,
     learning_rate,
@@ -79,6 +80,7 @@ class DistillResult:
         return dict(vars(self))
 
 
+@torch.inference_mode(False)  # it trains, whatever the mode around the call
 def distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -97,8 +99,11 @@ def distill(
     journal = journal or Quiet()
     if teacher is student:
         raise PlanError("the teacher is the student itself: give the model that was grafted as teacher")
+    if record_of(student) is None and record_of(teacher) is not None:
+        raise PlanError("distill: the teacher was edited and the student was not: give distill(student, teacher, data)")
     family = family_and_model(student, teacher)
     compute = make_compute(next(student.parameters()).device, config.precision)
+    check_types(student, teacher, compute)
     teacher = teacher.to(compute.device).eval()
     student.to(compute.device)
     stage = _Stage(family, student, teacher, as_data(data), config, compute, journal)

@@ -66,6 +66,7 @@ class FinetuneResult:
         return {**vars(self), "validation": {str(step): loss for step, loss in self.validation.items()}}
 
 
+@torch.inference_mode(False)  # it trains, whatever the mode around the call
 def finetune(
     student: nn.Module,
     data: DataSource | Any,
@@ -81,6 +82,10 @@ def finetune(
     journal: a run folder that logs, checkpoints and resumes; default: nothing is kept.
     Raises RunError (objective without its teacher), PlanError (nothing to train), DataError, DivergedError.
     """
+    if isinstance(data, nn.Module):
+        raise RunError(
+            "finetune: a model was given as data; the order is finetune(student, data, config, teacher=...)"
+        )
     config = settings(FinetuneConfig, config, "finetune")
     wanted = [name for name in ("output", "features") if config.objectives.get(name, 0) > 0]
     if wanted and teacher is None:

@@ -280,9 +280,22 @@ class Clock:
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def check_types(student: nn.Module, teacher: nn.Module, compute: Compute) -> None:
+    """Raise DataError where the student's operators can't take what the teacher's give them."""
+    mine, theirs = (next(model.parameters()).dtype for model in (student, teacher))
+    if mine != theirs and compute.precision == "fp32":
+        raise DataError(
+            f"the student's weights are {mine}, the teacher's {theirs}: operators learn on what the teacher computes; "
+            f"give both one type (student.to({theirs})), or precision: bf16"
+        )
+
+
 def family_and_model(student: nn.Module, teacher: nn.Module | None) -> Family:
     """The one family of both models. Raises DataError if it, or the shape they are built to, differs."""
     family = family_of(student)
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is not None and any(parameter.is_meta for parameter in model.parameters()):
+            raise DataError(f"the {name} is on the meta device and has no values; load or build it with some")
     if teacher is None:
         return family
     if family_of(teacher) is not family:
