@@ -230,3 +230,27 @@ def test_the_results_table_of_given_figures() -> None:
     start, end = text.split(table)
     assert start == "a\n<!-- results:begin x -->\n"
     assert end == "\n<!-- results:end -->\nb\n"
+
+
+def test_the_page_on_python_runs_and_says_what_is_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from conftest import tiny_dit
+
+    generator = torch.Generator().manual_seed(0)
+    data = (torch.randn(24, 1, 8, 8, generator=generator).clamp(-1, 1), torch.arange(24) % 4)
+    given: dict[str, Any] = {"teacher": tiny_dit().train(), "data": data, "out": tmp_path}
+    page = blocks("docs/python.md", "python")
+    assert len(page) == 7
+    for block in page:
+        state = torch.get_rng_state()
+        exec(compile(block.replace('"steps": 250', '"steps": 2, "batch_size": 4'), "python.md", "exec"), given)
+        if "distill" in block:
+            assert torch.equal(state, torch.get_rng_state())
+            assert given["student"].training and not given["teacher"].training
+    assert "layer 1 mha: mha -> hyena_x" in capsys.readouterr().out
+    student, fewer = given["student"], given["fewer"]
+    assert torch.equal(fewer.blocks[3].attn.in_proj.weight, given["kept"]["blocks.3.attn.in_proj.weight"])
+    assert type(fewer.blocks[1].attn) is type(given["teacher"].blocks[1].attn)
+    assert {name for name, p in student.named_parameters() if p.requires_grad} == set(given["weights"])
+    assert len(given["losses"]) == 2 and len(given["errors"]) == 1
+    assert given["images"].shape == (4, 1, 8, 8)
+    assert (tmp_path / "samples.npz").is_file()

@@ -25,7 +25,7 @@ from grafting.formats.graft_folder import load_graft, save_graft, save_model
 from grafting.loading import load_model
 from grafting.pipelines import load_pipeline, push_to_hub, save_pipeline
 from grafting.plan import GraftPlan, Parallelize, Prune, Replace
-from grafting.surgery import explain, graft
+from grafting.surgery import edited_sites, explain, graft
 from grafting.training.config import DistillConfig, FinetuneConfig
 from grafting.training.distillation import distill
 from grafting.training.finetuning import finetune
@@ -48,6 +48,7 @@ __all__ = [
     "RunError",
     "diffusion",
     "distill",
+    "edited_sites",
     "explain",
     "finetune",
     "graft",
