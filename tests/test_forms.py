@@ -45,7 +45,9 @@ FORMS: dict[str, Callable[[Path, torch.Tensor, torch.Tensor], Any]] = {
     "tensor dataset": lambda place, x, y: TensorDataset(x, y),
     "pairs": lambda place, x, y: [(image, int(label)) for image, label in zip(x, y, strict=True)],
     "loader": lambda place, x, y: DataLoader(TensorDataset(x, y), batch_size=4),
-    "items by name": lambda place, x, y: [{"x": image, "y": label} for image, label in zip(x, y, strict=True)],
+    "items by name": lambda place, x, y: [
+        {"x": image, "y": label} for image, label in zip(x, y, strict=True)
+    ],
 }
 
 
@@ -62,7 +64,7 @@ def test_data_comes_in_any_form(place: Path, form: str) -> None:
 
 @pytest.mark.parametrize("data", [3, torch.zeros(4, 1, 8, 8), {"images": 1}, [1, 2, 3], iter([])])
 def test_what_is_no_data_is_said_to_be_none(data: Any) -> None:
-    with pytest.raises(DataError, match="expected a packaged name|item 0 of list can't be read as a pair"):
+    with pytest.raises(DataError, match=r"expected a packaged name|item 0 of list can't be read as a pair"):
         as_data(data)
 
 

@@ -81,7 +81,7 @@ def test_an_edited_transformer_goes_back_into_its_pipeline(tmp_path: Path) -> No
 
     with pytest.raises(CheckpointError, match="not the pipeline around it"):
         grafting.save_pipeline(pipeline, tmp_path / "edited")
-    with pytest.raises(CheckpointError, match="which pipeline it is of.*pipeline="):
+    with pytest.raises(CheckpointError, match=r"which pipeline it is of.*pipeline="):
         grafting.save_pipeline(pipeline.transformer, tmp_path / "edited")
     grafting.save_pipeline(pipeline.transformer, tmp_path / "edited", pipeline=tmp_path / "base")
     again = grafting.load_pipeline(tmp_path / "edited")
@@ -92,8 +92,13 @@ def test_an_edited_transformer_goes_back_into_its_pipeline(tmp_path: Path) -> No
 def test_what_no_family_knows_is_told_what_to_do() -> None:
     from diffusers import DiTTransformer2DModel
 
-    shape: dict[str, Any] = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4}
-    with pytest.raises(GraftError, match="save_pretrained.*load_model"):
+    shape: dict[str, Any] = {
+        "num_attention_heads": 1,
+        "attention_head_dim": 8,
+        "num_layers": 1,
+        "sample_size": 4,
+    }
+    with pytest.raises(GraftError, match=r"save_pretrained.*load_model"):
         grafting.graft(DiTTransformer2DModel(in_channels=4, num_embeds_ada_norm=2, **shape), PLAN)
     with pytest.raises(GraftError, match="load it first"):
         grafting.graft("dit-fashion", PLAN)  # type: ignore[arg-type]
@@ -151,9 +156,9 @@ class Failing(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 def test_an_item_that_can_not_be_read_is_named_with_its_reason() -> None:
-    with pytest.raises(DataError, match="item 3 of Failing.*OSError: the disk is gone"):
+    with pytest.raises(DataError, match=r"item 3 of Failing.*OSError: the disk is gone"):
         as_data(Failing())
-    with pytest.raises(DataError, match="item 0 of list.*KeyError: 'x'"):
+    with pytest.raises(DataError, match=r"item 0 of list.*KeyError: 'x'"):
         as_data([{"pixel_values": torch.zeros(1, 8, 8), "label": 0}])
     with pytest.raises(DataError, match=r"item 1 of list has shape \[1, 4, 4\], item 0 \[1, 8, 8\]"):
         as_data([(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 4, 4), 0)])
@@ -174,4 +179,5 @@ def test_an_explanation_can_be_read() -> None:
     assert lines[1].startswith("  layer 1 mha: mha -> hyena_x, parameters 4,224 -> 4,704 (+11.4%)")
     dropped = str(grafting.explain(tiny_dit(), [{"prune": {"layers": [2]}}])).splitlines()
     assert dropped[0].endswith("depth 4 -> 3")
-    assert dropped[1].startswith("  layer 2 block: block -> nothing") and dropped[1].endswith("-> 0 (-100.0%)")
+    assert dropped[1].startswith("  layer 2 block: block -> nothing")
+    assert dropped[1].endswith("-> 0 (-100.0%)")

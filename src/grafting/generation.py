@@ -78,8 +78,8 @@ def generate(
     classes = family.num_classes(model)
     if classes is None and not captions:
         raise GraftError(
-            "this model is conditioned on captions: give them (--prompts FILE, or --data FOLDER of graft synthesize; in Python "
-            "captions=)"
+            "this model is conditioned on captions: give them (--prompts FILE, or --data FOLDER of graft synthesize; "
+            "in Python captions=)"
         )
     texts = captions if classes is None else None
     kinds = classes if texts is None else len(texts)

@@ -69,13 +69,14 @@ def save_pipeline(
     """
     record, folder = record_of(model), Path(folder)
     if record is None:
-        if record_of(getattr(model, "transformer", None)) is not None:
+        inside = getattr(model, "transformer", None)
+        if isinstance(inside, nn.Module) and record_of(inside) is not None:
             raise CheckpointError(
                 "save_pipeline takes the edited transformer, not the pipeline around it: give its .transformer"
             )
         raise CheckpointError(
-            "save_pipeline is for what graft() or load_graft() returned, and this model has no plan; use save_model, or "
-            "diffusers' own save_pretrained"
+            "save_pipeline is for what graft() or load_graft() returned, and this model has no plan; use save_model, "
+            "or diffusers' own save_pretrained"
         )
     if not (record.source or record.pipeline or pipeline):
         raise CheckpointError(

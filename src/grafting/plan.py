@@ -224,7 +224,9 @@ PlanLike: TypeAlias = "GraftPlan | Iterable[EntryLike] | Mapping[str, Any] | str
 def _entries_of(data: Mapping[str, Any]) -> object:
     for key in ENTRY_TYPES:
         if key in data:
-            raise PlanError(f"a plan is a list of entries, got one {key!r}; put '- ' before it, in Python [...] around it")
+            raise PlanError(
+                f"a plan is a list of entries, got one {key!r}; put '- ' before it, in Python [...] around it"
+            )
     check_keys(data, ("entries",), ("version",))
     version = data.get("version", VERSION)
     if type(version) is not int or version not in VERSIONS_READ:

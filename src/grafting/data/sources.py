@@ -96,8 +96,8 @@ def as_data(data: Any) -> DataSource:
     if isinstance(data, (tuple, list)) and len(data) == 2 and getattr(data[0], "ndim", 0) == 4:
         if isinstance(data[1], Caption):
             raise DataError(
-                "data: images and captions in memory: give the folder of graft synthesize, or an object with the methods "
-                "of grafting.data.DataSource whose batch gives x and a Caption (docs/python.md)"
+                "data: images and captions in memory: give the folder of graft synthesize, or an object with the "
+                "methods of grafting.data.DataSource whose batch gives x and a Caption (docs/python.md)"
             )
         return ImageLabelDataset(*data)
     pairs = data.dataset if isinstance(data, torch.utils.data.DataLoader) else data

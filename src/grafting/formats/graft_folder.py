@@ -90,8 +90,8 @@ def _check_loadable(record: GraftRecord, state: dict[str, torch.Tensor], lora: L
         weights.check_fit(planned, state, "save_graft: the plan of this model makes another one")
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; nothing could load it: undo what was exchanged or added by hand (PEFT's "
-            "adapters: merge_and_unload() first, or train them with finetune's lora:), or graft the base by another plan"
+            f"{error}; nothing could load it: undo what was exchanged or added by hand (PEFT's adapters: "
+            "merge_and_unload() first, or train them with finetune's lora:), or graft the base by another plan"
         ) from None
 
 

@@ -100,7 +100,9 @@ def distill(
     if teacher is student:
         raise PlanError("the teacher is the student itself: give the model that was grafted as teacher")
     if record_of(student) is None and record_of(teacher) is not None:
-        raise PlanError("distill: the teacher was edited and the student was not: give distill(student, teacher, data)")
+        raise PlanError(
+            "distill: the teacher was edited and the student was not: give distill(student, teacher, data)"
+        )
     family = family_and_model(student, teacher)
     compute = make_compute(next(student.parameters()).device, config.precision)
     check_types(student, teacher, compute)
