@@ -12,7 +12,7 @@ from conftest import tiny_dit
 from torch import Tensor, nn
 
 from grafting.analysis import estimate, headroom
-from grafting.analysis.headroom import fitting_batch_size, free_bytes
+from grafting.analysis.headroom import fitting_batch_size, free_bytes, total_bytes
 from grafting.errors import GraftError, RunError
 from grafting.generation import generate
 from grafting.needs import stage_memory
@@ -170,6 +170,27 @@ def test_free_memory_is_the_least_of_the_system_s_and_the_control_groups(tmp_pat
     assert free_bytes(torch.device("meta"), proc, groups) is None
     real = free_bytes(CPU)
     assert real is None or 0 < real < 2**50
+
+
+def test_memory_of_a_container_is_its_limit(tmp_path: Path) -> None:
+    """Not that of the machine, by which a dry run in a container or a job of Slurm would promise too much."""
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    machine = total_bytes(CPU, proc, groups)
+    assert machine is None or machine > 2**20
+    (proc / "self").mkdir(parents=True)
+    (proc / "self/cgroup").write_text("0::/job/task\n")
+    names = ("memory.max", "memory.current")
+    group(groups / "job/task", "max\n", 10, "inactive_file 3", names)
+    assert total_bytes(CPU, proc, groups) == machine
+    group(groups / "job", "1000000\n", 999000, "inactive_file 0", names)
+    assert total_bytes(CPU, proc, groups) == 1_000_000  # whatever is used of it
+    (proc / "self/cgroup").write_text("4:memory:/\n")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    group(
+        groups / "memory", f"{2**63 - 4096}\n", 10, "total_inactive_file 3", names
+    )  # the first version's "max"
+    if machine is not None:
+        assert total_bytes(CPU, proc, groups) == machine
 
 
 def test_recipes_take_auto(tmp_path: Path) -> None:

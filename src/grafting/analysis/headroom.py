@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -18,19 +19,23 @@ MOST_ELSEWHERE = 100  # a CPU gains nothing from a dozen on
 UNCOUNTED = 16  # where memory or need can't be told and running out of it is no error that can be caught
 
 
-def total_bytes(device: torch.device) -> int | None:
-    """Bytes of memory of the device (of the machine, for a CPU), or None where it can't be told."""
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def total_bytes(device: torch.device, proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
+    """Bytes of memory of the device, or None where it can't be told.
+
+    For a CPU: of the machine, or the tightest limit of the control groups that a container or a job runs in.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+    found = [limit for limit, _ in _groups(proc / "self" / "cgroup", cgroups)]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)
 
 
-def free_bytes(
-    device: torch.device, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
-) -> int | None:
+def free_bytes(device: torch.device, proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
     """Bytes that this process can still take on `device`, or None where that can't be told.
 
     On CUDA: what the device has free and what PyTorch holds unused. On a CPU: what the system calls available, or what
@@ -41,7 +46,8 @@ def free_bytes(
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     if device.type != "cpu":
         return None
-    found = [*_available(proc / "meminfo"), *_left_in_groups(proc / "self" / "cgroup", cgroups)]
+    left = (limit - used for limit, used in _groups(proc / "self" / "cgroup", cgroups))
+    found = [*_available(proc / "meminfo"), *left]
     return max(0, min(found)) if found else None
 
 
@@ -90,8 +96,8 @@ def _available(meminfo: Path) -> Iterator[int]:
     yield from (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
-def _left_in_groups(membership: Path, root: Path) -> Iterator[int]:
-    """What each limit above this process leaves; a container may see its own group as the root."""
+def _groups(membership: Path, root: Path) -> Iterator[tuple[int, int]]:
+    """Each limit above this process, and what is used of it; a container may see its own group as the root."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -108,8 +114,8 @@ def _left_in_groups(membership: Path, root: Path) -> Iterator[int]:
         inner = Path(path.lstrip("/"))
         for folder in (inner, *inner.parents):
             try:
-                left = int((base / folder / limit).read_text()) - int((base / folder / used).read_text())
+                most, taken = (int((base / folder / name).read_text()) for name in (limit, used))
                 stats = dict(row.split() for row in (base / folder / "memory.stat").read_text().splitlines())
-                yield left + int(stats.get(cache, 0))
+                yield most, taken - int(stats.get(cache, 0))
             except (OSError, ValueError):  # no such group here, or no limit: "max"
                 continue
