@@ -58,19 +58,19 @@ def encode_in_processes(
                     continue
                 try:
                     kind, *values = pipe.recv()
-                except (EOFError, OSError):
-                    process = busy[pipe]
+                    if kind in (_READY, _DONE):
+                        shard = waiting.popleft() if waiting else None
+                        pipe.send(shard)
+                        if shard is None:
+                            del busy[pipe]
+                except (EOFError, OSError):  # also of one that was killed between its word and ours
+                    process = workers[pipe]
                     process.join(_GRACE_SECONDS)
                     raise DataError(_death(process.exitcode)) from None
                 if kind == _ERROR:
                     raise _error(*values)
                 if kind == _IMAGES:
                     progress(*values)
-                elif waiting:
-                    pipe.send(waiting.popleft())
-                else:
-                    pipe.send(None)
-                    del busy[pipe]
     except BaseException:
         for process in workers.values():
             process.terminate()
