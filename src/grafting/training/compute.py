@@ -135,17 +135,17 @@ def _reaching_others() -> Iterator[None]:
         ) from None
 
 
-def _fast_bf16(device: torch.device) -> bool:
+def multiplies_bf16_fast(device: torch.device) -> bool:
     """Whether bf16 matrix products are quicker there than fp32 ones: recent GPUs, and CPUs with matrix tiles."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return device.type == "cpu" and tiles is not None and bool(tiles())
 
 
 def own_precision(device: torch.device, precision: str) -> str:
     """fp32 or bf16: what `auto` is on this process's device. Asks no other process, which may say otherwise."""
-    return precision if precision != "auto" else "bf16" if _fast_bf16(device) else "fp32"
+    return precision if precision != "auto" else "bf16" if multiplies_bf16_fast(device) else "fp32"
 
 
 def _own_device(device: torch.device, where: processes.Place) -> torch.device:

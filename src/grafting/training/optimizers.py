@@ -1,7 +1,7 @@
 """The optimizers of both stages: AdamW, or Muon for the matrices of linear layers and AdamW for the rest.
 
-Muon is orthogonalised momentum (torch.optim.Muon); its step is scaled to the size of AdamW's, so that one learning rate
-serves both. docs/studies says what was compared.
+Muon is orthogonalised momentum (`grafting.training.muon`); its step is scaled to the size of AdamW's, so that one
+learning rate serves both. docs/studies says what was compared.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grafting.models.stacked import StackedLinear
 from grafting.training.config import Optimization
+from grafting.training.muon import Muon
 
 MOMENTUM = 0.9
 
@@ -121,7 +122,7 @@ def make_optimizer(
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         parts.append(
-            torch.optim.Muon(
+            Muon(
                 matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=MOMENTUM,
                 adjust_lr_fn="match_rms_adamw",
             )
