@@ -110,6 +110,28 @@ def test_what_an_operator_depends_on_is_in_its_key(world: Path, tmp_path: Path) 
     assert taken == [0, 0, 0, 0, 1]  # l1 is what a plan without a loss means
 
 
+# ---- the teacher is asked once
+
+
+def test_rows_share_what_the_teacher_predicts_and_the_last_clears_it_away(
+    world: Path, tmp_path: Path
+) -> None:
+    rows = [Row("one", "one", half()), Row("two", "two", {"plan": plan_of("mha", "swa", [0, 2])})]
+    study, folder, given = tiny_study(*rows), tmp_path / "study", settings_of(world)
+    run_rows(study, folder, QUIET, changes=given, only=["one"])
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("shared/answers/*/*.safetensors")}
+    assert len(kept) == 3  # one for each step
+    setting = row_run.Setting.of(study, folder, model=None, seed=0, device="cpu", changes=given)
+    row_run.run_row(setting, rows[1], QUIET)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("shared/answers/*/*.safetensors")} == kept
+    run_rows(study, folder, QUIET, changes=given)
+    assert not setting.answers.exists()
+    alone = tmp_path / "alone"
+    run_rows(study, alone, QUIET, changes=given, only=["two"])
+    found = [np.load(path / "rows/two/samples/student.npz")["arr_0"] for path in (folder, alone)]
+    assert np.array_equal(*found)
+
+
 # ---- the machine
 
 

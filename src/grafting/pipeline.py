@@ -58,6 +58,7 @@ class Pipeline:
     run: RunFolder
     device: str = "cpu"
     keep_stage_1: bool = False  # leave a copy of the student after stage 1 in stage-1/
+    answers: Path | None = None  # a folder of the teacher's predictions, shared with other runs
     _teacher: nn.Module | None = None
     _data: DataSource | None = None
     _checked: bool = False  # to the end
@@ -235,7 +236,10 @@ class Pipeline:
         """Stage 2."""
         config = seeded(self.recipe.finetune or FinetuneConfig(), self.recipe.seed)
         return self._train(
-            "finetune", lambda student: finetune(student, self.data, config, self.teacher, journal=self.run)
+            "finetune",
+            lambda student: finetune(
+                student, self.data, config, self.teacher, journal=self.run, answers=self.answers
+            ),
         )
 
     def _leaves_the_rest(self, stage: str) -> bool:

@@ -66,6 +66,11 @@ class Setting:
         others = tuple(folder / "shared" / "operators" for folder in self.reuse)
         return Shelf(self.folder / "shared" / "operators", others)
 
+    @property
+    def answers(self) -> Path:
+        """What the teacher predicts in stage 2, asked once for all rows; not kept beyond the last of them."""
+        return self.folder / "shared" / "answers"
+
     def recipe(self, row: Row) -> Recipe:
         """The recipe of a row. Raises UnavailableError, RunError."""
         if row.best_of:
@@ -135,7 +140,9 @@ def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
     if (taken := _take_over(setting, path, row.name, identity)) is not None:
         _record_identity(path, identity, row.name)
         return taken
-    pipeline = _RowPipeline(recipe, RunFolder(path, console), setting.device, setting=setting)
+    pipeline = _RowPipeline(
+        recipe, RunFolder(path, console), setting.device, answers=setting.answers, setting=setting
+    )
     pipeline.check(to_the_end=True)  # before anything is kept that would bind the row to these settings
     _record_identity(path, identity, row.name)
     if row.teacher is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import traceback
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ def run_rows(
     if launch.world > 1 and (left := [row.name for row in rows if not _is_settled(setting, row)]):
         console.say(f"other processes of this launch are at {', '.join(left)}; the last one says what failed")
         return page  # a bad exit status would make some launchers end them
+    if all(_is_settled(setting, row) for row in study.rows):
+        shutil.rmtree(setting.answers, ignore_errors=True)
     failed = [row.name for row in rows if _failure_file(folder, row).is_file()]
     if failed:
         raise RunError(

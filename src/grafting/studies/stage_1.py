@@ -16,8 +16,9 @@ from grafting.plan import GraftPlan
 from grafting.studies.shelf import Shelf, Shelved, operator_keys, plan_key
 from grafting.surgery import Edit, explain, graft
 from grafting.training.config import DistillConfig, seeded
-from grafting.training.distillation import DistillResult, distill
+from grafting.training.distillation import distill
 from grafting.training.loop import Interrupted
+from grafting.training.results import DistillResult
 
 STAGE = "distill"
 _TODO = "stage-1.json"  # in the row's folder: what it distills itself, so that a resumed row trains the same

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,35 +48,12 @@ from grafting.training.loop import (
 )
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
 from grafting.training.pupils import Pupil, pupils_of
+from grafting.training.results import DistillResult
 from grafting.training.reuse import ReusedTaps
 from grafting.training.saving import CheckpointWriter
 from grafting.training.starts import choose_losses, start_pupils
 
 STAGE = "distill"
-
-
-@dataclass
-class DistillResult:
-    """What stage 1 did. Errors are relative (mean |student - teacher| / mean |teacher|), per site, held out."""
-
-    start_error: dict[str, dict[str, float]]  # random, copied, fitted -> path -> error at step 0
-    final_error: dict[str, float]
-    best_step: dict[str, int]
-    steps: int
-    image_visits: int
-    flops: float
-    seconds: float
-    extraction_seconds: float = 0.0  # mode cached: of the teacher pass that filled the cache
-    cache_bytes: int = 0  # mode cached: its size on disk
-    rested: dict[str, int] = field(default_factory=dict)  # path -> step at which it stopped early
-    skipped_steps: int = 0  # with gradients that were not finite
-    losses: dict[str, str] = field(
-        default_factory=dict
-    )  # path -> regression loss, also where the plan said auto
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return dict(vars(self))
 
 
 @torch.inference_mode(False)  # it trains, whatever the mode around the call

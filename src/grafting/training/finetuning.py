@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from grafting.errors import DivergedError, PlanError, RunError
 from grafting.families import Family
 from grafting.lora import is_lora
 from grafting.training.acceleration import compiled, frozen_copy
+from grafting.training.answers import answers_of
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import FinetuneConfig, settings
 from grafting.training.loop import (
@@ -40,30 +42,13 @@ from grafting.training.loop import (
 )
 from grafting.training.objectives import mixed_loss
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
+from grafting.training.results import FinetuneResult
 from grafting.training.saving import CheckpointWriter
 from grafting.training.sharding import hold, optimizer_state
 from grafting.training.trained import adapt, trained_parameters
 
 STAGE = "finetune"
 _Losses = tuple[dict[str, Tensor], Tensor]  # of one step: the loss under "" and its terms; the gradient norm
-
-
-@dataclass
-class FinetuneResult:
-    """What stage 2 did. `validation` is the held-out DiT loss of the averaged weights: step -> loss."""
-
-    steps: int
-    image_visits: int
-    flops: float
-    seconds: float
-    trained_params: int
-    ema_decay: float
-    validation: dict[int, float]
-    skipped_steps: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {**vars(self), "validation": {str(step): loss for step, loss in self.validation.items()}}
 
 
 @torch.inference_mode(False)  # it trains, whatever the mode around the call
@@ -74,12 +59,15 @@ def finetune(
     teacher: nn.Module | None = None,
     *,
     journal: Journal | None = None,
+    answers: str | Path | None = None,
 ) -> FinetuneResult:
     """Finetune `student` in place; its weights at the end are the moving average.
 
     data: clean samples and labels, in any form that `grafting.data.as_data` takes. config: `FinetuneConfig` or its
     keys. teacher: needed by the objectives `output` and `features`.
     journal: a run folder that logs, checkpoints and resumes; default: nothing is kept.
+    answers: a folder in which the teacher's predictions are kept, for other students that are finetuned on the same
+    batches of the same teacher; for one process, and the objective `output` without `features`.
     Raises RunError (objective without its teacher), PlanError (nothing to train), DataError, DivergedError.
     """
     if isinstance(data, nn.Module):
@@ -102,7 +90,7 @@ def finetune(
         adapt(student, config.lora, config.seed or 0)
     if teacher is not None:
         teacher = teacher.to(compute.device).eval()
-    return _Stage(family, student, teacher, as_data(data), config, compute, journal or Quiet()).run()
+    return _Stage(family, student, teacher, as_data(data), config, compute, journal or Quiet(), answers).run()
 
 
 @dataclass
@@ -121,7 +109,7 @@ class _Course:
 class _Stage:
     def __init__(
         self, family: Family, student: nn.Module, teacher: nn.Module | None, data: DataSource, config: FinetuneConfig,
-        compute: Compute, journal: Journal,
+        compute: Compute, journal: Journal, answers: str | Path | None = None,
     ) -> None:  # fmt: skip
         self.family, self.student, self.teacher = family, student, teacher
         self.config, self.compute, self.journal = config, compute, journal
@@ -161,6 +149,9 @@ class _Stage:
         )  # fmt: skip
         self.held_out = (
             held_out_shares(self.batches, validation, config, compute) if validation is not None else []
+        )
+        self.answers = (
+            answers_of(answers, teacher, data, config, compute) if answers and teacher is not None else None
         )
         self.layers = family.feature_layers(student)
         horizon = max(1.0, config.ema_horizon * config.steps)
@@ -276,16 +267,31 @@ class _Stage:
         config, found = self.config, dict[str, Tensor]()
         for index, weight in self.compute.parts(step_index(step, config.batch_size), config.micro_batch):
             batch = self.batches.at(index)
+            answer = self._answer(index, batch)
 
-            def objectives(model: nn.Module, batch: Batch = batch) -> tuple[Tensor, dict[str, Tensor]]:
+            def objectives(
+                model: nn.Module, batch: Batch = batch, answer: Tensor | None = answer
+            ) -> tuple[Tensor, dict[str, Tensor]]:
                 with self.compute.autocast():
-                    return mixed_loss(self.family, model, self.reference, batch, config, self.layers)
+                    return mixed_loss(self.family, model, self.reference, batch, config, self.layers, answer)
 
             loss, terms = self.held.call(objectives)
             (loss * (weight * self.held.loss_scale)).backward()
             for name, value in {"": loss.detach(), **terms}.items():
                 found[name] = found.get(name, 0) + value * weight
         return found, self.held.finish_gradients(config.clip)
+
+    def _answer(self, index: Tensor, batch: Batch) -> Tensor | None:
+        """The teacher's prediction, from the folder of answers or for it; None: the loss asks for itself."""
+        reference = self.reference
+        if self.answers is None or reference is None:
+            return None
+
+        def ask() -> Tensor:
+            with torch.no_grad(), self.compute.autocast():
+                return self.family.predict(reference, batch.x_t, batch.t, batch.cond)
+
+        return self.answers.at(index, ask).to(self.compute.device)
 
     def _log(self, course: _Course, clock: Clock, too_many: bool) -> None:
         step, window = course.step, course.window

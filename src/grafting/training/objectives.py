@@ -63,13 +63,16 @@ def feature_loss(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], o
 
 def mixed_loss(
     family: Family, student: nn.Module, teacher: nn.Module | None, batch: Batch, config: FinetuneConfig,
-    layers: tuple[int, ...],
+    layers: tuple[int, ...], answer: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Weighted sum of the objectives on one batch, and its terms (unweighted, detached)."""
+    """Weighted sum of the objectives on one batch, and its terms (unweighted, detached).
+
+    answer: the teacher's prediction, where it is known; `features` ask the teacher all the same.
+    """
     terms: dict[str, Tensor] = {}
     weights: Mapping[str, float] = {str(name): weight for name, weight in config.objectives.items()}
     use_features = weights.get("features", 0) > 0
-    reference: Any = None
+    reference: Any = answer
     reference_features: dict[int, Tensor] = {}
     if teacher is not None and (use_features or weights.get("output", 0) > 0):
         with torch.no_grad():
@@ -77,7 +80,7 @@ def mixed_loss(
                 reference, reference_features = family.predict_with_features(
                     teacher, batch.x_t, batch.t, batch.cond, layers
                 )
-            else:
+            elif answer is None:
                 reference = family.predict(teacher, batch.x_t, batch.t, batch.cond)
     if use_features:
         output, features = family.predict_with_features(student, batch.x_t, batch.t, batch.cond, layers)
