@@ -25,6 +25,7 @@ from grafting.studies import row_run, run_rows, run_study
 from grafting.studies.findings import HOLDS
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
+from grafting.surgery import edited_sites
 from grafting.training.loop import Interrupted
 
 
@@ -92,6 +93,90 @@ def test_a_row_takes_over_operators_and_ends_where_it_would_have(world: Path, tm
     assert [line for line in pipeline.run.metrics() if line["stage"] == "distill"] == [
         line for line in whole.run.metrics() if line["stage"] == "distill"
     ]
+
+
+def test_one_pass_of_the_teacher_serves_the_rows_of_an_operator(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row distills what others put into further layers; every row ends where it would have alone."""
+    rows = [
+        Row("half", "half", {"plan": plan_of("mha", "swa", [1, 3])}),
+        Row("all", "all", {"plan": plan_of("mha", "swa", "all")}, rank=1),
+        Row("other", "another window", {"plan": plan_of("mha", {"swa": {"window": 2}}, "all")}, rank=1),
+        Row("seed", "another seed", {"plan": plan_of("mha", "swa", [0, 1])}, seed=1, rank=1),
+        Row("broken", "broken", {"plan": plan_of("mha", "swa", [99])}, rank=1),
+        Row("pairs", "pairs", {"plan": [{"parallelize": {"groups": "pairs"}}]}, rank=1),
+    ]
+    study, given, passes = tiny_study(*rows), settings_of(world), []
+    from grafting.studies import stage_1
+
+    plain = stage_1.distill
+
+    def counted(student: Any, *rest: Any, **named: Any) -> Any:
+        passes.append(len(edited_sites(student)))
+        return plain(student, *rest, **named)
+
+    monkeypatch.setattr(stage_1, "distill", counted)
+    folder = tmp_path / "study"
+    with pytest.raises(RunError, match=r"1 of 6 rows .*broken"):
+        run_rows(study, folder, QUIET, changes=given)
+    assert passes == [4, 4, 2]  # half and all at once, the other window, the other seed
+    alone = tmp_path / "alone"
+    for name in ("half", "all"):
+        run_rows(study, alone, QUIET, changes=given, only=[name])
+    assert passes == [4, 4, 2, 2, 2]  # one row is wanted: it distills for itself
+    for name in ("half", "all"):
+        both = [path / "rows" / name for path in (folder, alone)]
+        found, wanted = (RunFolder(path, QUIET).read()["stages"]["distill"] for path in both)
+        for key in ("final_error", "start_error", "best_step", "steps", "image_visits", "flops", "rested"):
+            assert found[key] == wanted[key], key
+        lines = [
+            [line for line in RunFolder(path, QUIET).metrics() if line["stage"] == "distill"] for path in both
+        ]
+        assert lines[0] == lines[1]
+        samples = [np.load(path / "samples/student.npz")["arr_0"] for path in both]
+        assert np.array_equal(*samples)
+
+
+def test_an_operator_of_another_row_that_diverges_does_not_spoil_this_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grafting.studies import stage_1
+
+    plain, plan = stage_1.distill, plan_of("mha", "swa", [1, 3])
+
+    def diverge(student: Any, *rest: Any, **named: Any) -> Any:
+        if len(edited_sites(student)) > 2:
+            named["journal"].save_checkpoint("distill", 1, {"step": 1}, 2)
+            raise DivergedError("stage 1 diverged: the loss of blocks.0.attn is not finite")
+        return plain(student, *rest, **named)
+
+    monkeypatch.setattr(stage_1, "distill", diverge)
+    others = [GraftPlan.from_dict(plan_of("mha", "swa", "all"))]
+    pipeline = pipeline_of(world, tmp_path / "row", plan)
+    shared_stage_1(pipeline, Shelf(tmp_path / "shelf"), others)
+    assert pipeline.run.result("distill")["steps"] == 3  # type: ignore[index]
+    assert len(list((tmp_path / "shelf").glob("*.json"))) == 2
+
+
+def test_a_row_that_distills_for_others_is_resumed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the other rows are no longer there to ask for it."""
+    plan, others = plan_of("mha", "swa", [1, 3]), [GraftPlan.from_dict(plan_of("mha", "swa", "all"))]
+    whole = pipeline_of(world, tmp_path / "whole", plan)
+    shared_stage_1(whole, Shelf(tmp_path / "shelf-a"), others)
+    pipeline, shelf = pipeline_of(world, tmp_path / "row", plan), Shelf(tmp_path / "shelf-b")
+    monkeypatch.setattr(RunFolder, "stop_requested", lambda run: 143 if run.metrics() else None)
+    with pytest.raises(Interrupted):
+        shared_stage_1(pipeline, shelf, others)
+    monkeypatch.undo()
+    shared_stage_1(pipeline, shelf)
+    states = [p.run.load_student(p.teacher).state_dict() for p in (whole, pipeline)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    kept = [sorted(path.name for path in tmp_path.glob(f"shelf-{x}/*.safetensors")) for x in "ab"]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 4
 
 
 def test_what_an_operator_depends_on_is_in_its_key(world: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from grafting.analysis.costs import plan_cost
 from grafting.console import Console
-from grafting.errors import DivergedError, RunError
+from grafting.errors import DivergedError, GraftError, RunError
 from grafting.evaluation import evaluate
 from grafting.evaluation.reference import TEACHER
 from grafting.families import family_of
@@ -33,11 +33,24 @@ from grafting.studies.stage_1 import shared_stage_1
 
 TRAINING = ("distill", "finetune")
 _NOT_OF_THE_RESULT = ("name", "about", "preset", "trackers")
+_NOT_OF_STAGE_1 = (
+    *_NOT_OF_THE_RESULT,
+    "plan",
+    "init",
+    "finetune",
+    "sample",
+    "evaluate",
+    "pretraining",
+    "locality",
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a running study share. reuse: folders of studies whose rows and operators may be taken over."""
+    """What all rows of a running study share.
+
+    reuse: folders of studies whose rows and operators may be taken over. wanted: the rows that are to be done.
+    """
 
     study: Study
     folder: Path
@@ -46,15 +59,17 @@ class Setting:
     device: str = "cpu"
     reuse: tuple[Path, ...] = ()
     given: Mapping[str, Any] = field(default_factory=dict)
+    wanted: tuple[Row, ...] = ()
 
     @classmethod
     def of(
         cls, study: Study, folder: Path, *, model: str | None, seed: int, device: str, changes: Sequence[str] | None,
-        reuse: Sequence[Path] = (),
+        reuse: Sequence[Path] = (), wanted: Sequence[Row] = (),
     ) -> Setting:  # fmt: skip
         """From what the command line gives."""
         overrides = (*(changes or ()), *((f"model={model}",) if model else ()))
-        return cls(study, folder, overrides, seed, device, tuple(reuse), parse_overrides(overrides))
+        given = parse_overrides(overrides)
+        return cls(study, folder, overrides, seed, device, tuple(reuse), given, tuple(wanted))
 
     def on(self, number: int) -> Setting:
         """The same for worker `number` of this machine, which has a GPU of its own."""
@@ -147,7 +162,7 @@ def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
     _record_identity(path, identity, row.name)
     if row.teacher is not None:
         return _run_teacher(setting, row, pipeline, path, console)
-    return _run_student(setting, pipeline, path, console)
+    return _run_student(setting, row, pipeline, path, console)
 
 
 def check_row(setting: Setting, row: Row) -> None:
@@ -165,13 +180,15 @@ def check_row(setting: Setting, row: Row) -> None:
     _check_identity(setting.row_folder(row.name), _identity(row, recipe), row.name)
 
 
-def _run_student(setting: Setting, pipeline: Pipeline, path: Path, console: Console) -> dict[str, Any]:
+def _run_student(
+    setting: Setting, row: Row, pipeline: Pipeline, path: Path, console: Console
+) -> dict[str, Any]:
     recipe = pipeline.recipe
     pipeline.run = RunFolder.create(path, recipe.to_dict(), console, resume=True)
     diverged = None
     try:
         with pipeline.run.writing():
-            shared_stage_1(pipeline, setting.shelf)
+            shared_stage_1(pipeline, setting.shelf, _same_stage_1(setting, row, recipe))
             pipeline.all()
     except DivergedError as error:
         diverged = str(error)
@@ -195,6 +212,26 @@ def _run_student(setting: Setting, pipeline: Pipeline, path: Path, console: Cons
         "samples": "samples/student.npz",
         **result,
     }
+
+
+def _same_stage_1(setting: Setting, row: Row, recipe: Recipe) -> list[GraftPlan]:
+    """Plans of the rows that are still to be done and are like this one, plans apart, up to the end of stage 1."""
+
+    def until_then(one: Recipe) -> dict[str, Any]:
+        return {key: value for key, value in one.to_dict().items() if key not in _NOT_OF_STAGE_1}
+
+    found = []
+    for other in setting.wanted:
+        if other.name == row.name or other.teacher is not None or setting.result_file(other.name).is_file():
+            continue
+        try:
+            theirs = setting.recipe(other)
+        except GraftError:  # it can't be run, or not yet; the row itself will say so
+            continue
+        known = recipe.locality is not None or not _lacks_locality(theirs)
+        if known and theirs.distill is not None and until_then(theirs) == until_then(recipe):
+            found.append(theirs.graft_plan)
+    return found
 
 
 def _run_teacher(

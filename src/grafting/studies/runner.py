@@ -48,7 +48,9 @@ def run_rows(
     rows = [study.row(name) for name in only] if only else list(study.rows)
     rows = sorted(rows, key=lambda row: row.rank)
     folder = Path(folder)
-    setting = Setting.of(study, folder, model=model, seed=seed, device=device, changes=changes, reuse=reuse)
+    setting = Setting.of(
+        study, folder, model=model, seed=seed, device=device, changes=changes, reuse=reuse, wanted=rows
+    )
     if not 1 <= jobs <= 256:
         raise RunError(f"--jobs {jobs}: expected 1 to 256 rows at a time")
     for other in reuse:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from grafting.errors import DivergedError, GraftError
 from grafting.families import family_of
 from grafting.formats import weights
 from grafting.pipeline import Pipeline
-from grafting.plan import GraftPlan
+from grafting.plain import canonical_json
+from grafting.plan import GraftPlan, Replace
 from grafting.studies.shelf import Shelf, Shelved, operator_keys, plan_key
 from grafting.surgery import Edit, explain, graft
 from grafting.training.config import DistillConfig, seeded
@@ -24,11 +27,13 @@ STAGE = "distill"
 _TODO = "stage-1.json"  # in the row's folder: what it distills itself, so that a resumed row trains the same
 
 
-def shared_stage_1(pipeline: Pipeline, shelf: Shelf) -> None:
+def shared_stage_1(pipeline: Pipeline, shelf: Shelf, others: Sequence[GraftPlan] = ()) -> None:
     """Do stage 1 of a row, with every operator that is on the shelf taken from there, and put the rest on it.
 
     Leaves what `Pipeline.distill` would: the same weights, result and log (seconds are those of each operator's share
     of the pass that it was trained in). A recipe that leaves its losses to a measurement is distilled whole.
+    others: plans of rows that come later and are the same up to the end of stage 1. Where they put an operator of this
+    row into more layers, these are distilled in the same pass of the teacher.
     """
     run, recipe = pipeline.run, pipeline.recipe
     if recipe.distill is None or run.result(STAGE) is not None:
@@ -41,15 +46,19 @@ def shared_stage_1(pipeline: Pipeline, shelf: Shelf) -> None:
     if said.groups or said.pruned:
         _whole(pipeline, config, said.plan, shelf)
         return
-    keys = operator_keys(
-        edits, pipeline.teacher, config, seed=recipe.seed, data_hash=pipeline.data.content_hash,
-        device=pipeline.device, precision=_precision(pipeline, config),
-    )  # fmt: skip
+    keys = _keys(pipeline, config, edits)
     if keys is None:
         pipeline.distill()
         return
     with run.writing(STAGE):
-        _fill(pipeline, config, edits, keys, shelf)
+        _fill(pipeline, config, edits, keys, shelf, others)
+
+
+def _keys(pipeline: Pipeline, config: DistillConfig, edits: Iterable[Edit]) -> dict[str, str] | None:
+    return operator_keys(
+        edits, pipeline.teacher, config, seed=pipeline.recipe.seed, data_hash=pipeline.data.content_hash,
+        device=pipeline.device, precision=_precision(pipeline, config),
+    )  # fmt: skip
 
 
 def _whole(pipeline: Pipeline, config: DistillConfig, plan: GraftPlan, shelf: Shelf) -> None:
@@ -76,21 +85,31 @@ def _whole(pipeline: Pipeline, config: DistillConfig, plan: GraftPlan, shelf: Sh
 
 
 def _fill(
-    pipeline: Pipeline, config: DistillConfig, edits: tuple[Edit, ...], keys: Mapping[str, str], shelf: Shelf
-) -> None:
+    pipeline: Pipeline, config: DistillConfig, edits: tuple[Edit, ...], keys: Mapping[str, str], shelf: Shelf,
+    others: Sequence[GraftPlan],
+) -> None:  # fmt: skip
     """Distill what is not on the shelf, put together the student, finish the stage."""
     run = pipeline.run
     run.bind("data", pipeline.data.name, pipeline.data.content_hash)
-    todo = _todo(pipeline, keys, shelf)
+    todo, more = _todo(pipeline, config, edits, keys, shelf, others)
     if todo:
-        _distill(pipeline, config, [edit for edit in edits if edit.site.path in todo], keys, shelf)
+        own = [edit for edit in edits if edit.site.path in todo]
+        try:
+            _distill(pipeline, config, [*own, *more], shelf)
+        except DivergedError:
+            if not more:
+                raise
+            run.console.say("stage 1 diverged: once more, without the operators of other rows")
+            shutil.rmtree(run.path / "checkpoints" / STAGE, ignore_errors=True)
+            _note(pipeline, todo, [])
+            _distill(pipeline, config, own, shelf)
     found = {path: shelf.get(key) for path, key in keys.items()}
     shelved = {path: item for path, item in found.items() if item is not None}
     student = pipeline.student()
     for path, item in shelved.items():
         student.get_submodule(path).load_state_dict(dict(item.state))
     run.save_student(student)
-    if len(todo) < len(shelved):
+    if len(todo) < len(shelved) or more:
         lines = _merged_lines(item.record["log"] for item in shelved.values())
         text = "".join(json.dumps(line) + "\n" for line in lines)
         weights.write_bytes(run.path / "metrics.jsonl", text.encode())
@@ -105,26 +124,71 @@ def _precision(pipeline: Pipeline, config: DistillConfig) -> str:
     return make_compute(pipeline.compute.device, config.precision).precision
 
 
-def _todo(pipeline: Pipeline, keys: Mapping[str, str], shelf: Shelf) -> list[str]:
-    """The sites that this row distills itself: decided once."""
+def _todo(
+    pipeline: Pipeline, config: DistillConfig, edits: tuple[Edit, ...], keys: Mapping[str, str], shelf: Shelf,
+    others: Sequence[GraftPlan],
+) -> tuple[list[str], list[Edit]]:  # fmt: skip
+    """The sites that this row distills for itself, and what it distills for other rows: decided once."""
     path = pipeline.run.path / _TODO
-    known = set(weights.read_json(path, "stage 1").get("distills", [])) if path.is_file() else None
-    begun = any((pipeline.run.path / "checkpoints" / STAGE).glob("*.pt"))
-    todo = [
-        site
-        for site, key in keys.items()
-        if (not shelf.has(key) if known is None or not begun else site in known)
-    ]
-    weights.write_json(path, {"distills": todo})
-    return todo
+    if path.is_file() and any((pipeline.run.path / "checkpoints" / STAGE).glob("*.pt")):
+        known = weights.read_json(path, "stage 1")
+        entries = known.get("besides")
+        plan = GraftPlan.from_dict(entries) if entries else None
+        return list(known.get("distills", [])), list(_edits(pipeline, plan))
+    todo = [site for site, key in keys.items() if not shelf.has(key)]
+    more = _of_others(pipeline, config, edits, shelf, others) if todo else []
+    _note(pipeline, todo, more)
+    return todo, more
 
 
-def _distill(
-    pipeline: Pipeline, config: DistillConfig, edits: list[Edit], keys: Mapping[str, str], shelf: Shelf
-) -> None:
-    run = pipeline.run
-    plan = GraftPlan([replace(edit.entry, layers=(edit.site.layer,)) for edit in edits])
-    student = graft(pipeline.teacher, plan, seed=pipeline.recipe.seed)
+def _note(pipeline: Pipeline, todo: list[str], more: list[Edit]) -> None:
+    besides = [_alone(edit).to_dict() for edit in more]
+    weights.write_json(pipeline.run.path / _TODO, {"distills": todo, "besides": besides})
+
+
+def _of_others(
+    pipeline: Pipeline, config: DistillConfig, edits: tuple[Edit, ...], shelf: Shelf, others: Sequence[GraftPlan]
+) -> list[Edit]:  # fmt: skip
+    """Operators of this row's kinds in layers where other rows alone have them, that nobody has distilled yet."""
+    kinds = {_kind(edit) for edit in edits}
+    taken = {edit.site.path for edit in edits}
+    found: dict[str, Edit] = {}
+    for edit in (edit for plan in others for edit in _edits(pipeline, plan, lenient=True)):
+        if edit.site.path not in taken and _kind(edit) in kinds:
+            found.setdefault(edit.site.path, edit)
+    keys = _keys(pipeline, config, found.values()) or {}
+    return [edit for path, edit in found.items() if path in keys and not shelf.has(keys[path])]
+
+
+def _edits(pipeline: Pipeline, plan: GraftPlan | None, lenient: bool = False) -> tuple[Edit, ...]:
+    """The operators that a plan puts in; none of one that edits the depth, which is distilled as a whole.
+
+    lenient: none of a plan that can't be carried out; the row whose it is will say so.
+    """
+    if plan is None:
+        return ()
+    try:
+        said = explain(pipeline.teacher, plan, pipeline.recipe.locality)
+    except GraftError:
+        if not lenient:
+            raise
+        return ()
+    return () if said.groups or said.pruned else said.edits
+
+
+def _alone(edit: Edit) -> Replace:
+    return replace(edit.entry, layers=(edit.site.layer,))
+
+
+def _kind(edit: Edit) -> str:
+    """An entry of a plan without its layers."""
+    return canonical_json({**_alone(edit).to_dict()["replace"], "layers": None})
+
+
+def _distill(pipeline: Pipeline, config: DistillConfig, edits: list[Edit], shelf: Shelf) -> None:
+    """Train these operators in one pass, and put them on the shelf."""
+    run, keys = pipeline.run, _keys(pipeline, config, edits) or {}
+    student = graft(pipeline.teacher, GraftPlan([_alone(edit) for edit in edits]), seed=pipeline.recipe.seed)
     with run.stoppable():
         outcome = distill(student, pipeline.teacher, pipeline.data, config, journal=run)
     lines = [line for line in run.metrics() if line.get("stage") == STAGE]
