@@ -15,7 +15,7 @@ from grafting.analysis.estimate import meta_copy, sample_memory
 
 SHARE = 0.8  # of what is free: kernels' own scratch, fragments and other programs need some
 MOST = {"cuda": 256}  # samples at once; beyond that a device gains nothing
-MOST_ELSEWHERE = 100  # a CPU gains nothing from a dozen on
+MOST_ELSEWHERE = 20  # beyond a dozen a CPU gains nothing, and memory that is mapped anew costs a quarter more
 UNCOUNTED = 16  # where memory or need can't be told and running out of it is no error that can be caught
 
 
