@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from conftest import tiny_dit
 from stage_tools import CHECK
 from torch import Tensor, nn
 
-from grafting import finetune
+from grafting import Replace, finetune, graft
 from grafting.data import ImageLabelDataset
 from grafting.families import family_of
 from grafting.training import answers
 from grafting.training.answers import Answers
+from grafting.training.compute import Compute
+from grafting.training.config import FinetuneConfig, settings
 
 OUTPUT: dict[str, Any] = {**CHECK, "steps": 3, "objectives": {"output": 1.0, "diffusion": 0.5}, "lr": 1e-3}
 
@@ -100,6 +103,17 @@ def test_another_teacher_and_other_data_are_asked_anew(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_teachers_that_differ_in_an_operator_s_settings_alone_are_two(
+    data: ImageLabelDataset, teacher: nn.Module, tmp_path: Path
+) -> None:
+    """Same weights, another window."""
+    edited = [graft(teacher, [Replace("mha", "all", "swa", config={"window": w})]) for w in (1, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(edited[0].parameters(), edited[1].parameters(), strict=True))
+    for model in edited:
+        trained(data, model, answers=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("objectives", [{"diffusion": 1.0}, {"output": 1.0, "features": 0.1}])
 def test_nothing_is_kept_where_predictions_are_not_what_is_asked(
     data: ImageLabelDataset, teacher: nn.Module, tmp_path: Path, objectives: dict[str, float]
@@ -109,6 +123,15 @@ def test_nothing_is_kept_where_predictions_are_not_what_is_asked(
         trained(data, teacher, config=config), trained(data, teacher, config=config, answers=tmp_path)
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_ask_for_themselves(
+    data: ImageLabelDataset, teacher: nn.Module, tmp_path: Path
+) -> None:
+    config = settings(FinetuneConfig, OUTPUT, "finetune")
+    one = Compute(torch.device("cpu"), "fp32")
+    assert answers.answers_of(tmp_path, teacher, data, config, one) is not None
+    assert answers.answers_of(tmp_path, teacher, data, config, replace(one, world=2)) is None
 
 
 @pytest.mark.parametrize("limit", ["MOST_BYTES", "SHARE"])
@@ -125,12 +148,37 @@ def test_what_would_take_too_much_of_the_disk_is_not_kept(
     assert torch.equal(kept, answer)
 
 
+def test_the_limit_is_for_all_answers_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, answer = torch.arange(4), torch.randn(4, 2, 8, 8)
+    Answers(tmp_path, {"seed": 0}, visits=4).at(index, lambda: answer)
+    held = sum(path.stat().st_size for path in tmp_path.glob("*/*"))
+    for limit, count in ((held + answer.nbytes - 1, 1), (held + answer.nbytes, 2)):
+        monkeypatch.setattr(answers, "MOST_BYTES", limit)
+        Answers(tmp_path, {"seed": 1}, visits=4).at(index, lambda: answer)
+        assert len(list(tmp_path.glob("*/*"))) == count
+
+
+def test_a_disk_that_others_fill_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = torch.randn(4, 2, 8, 8)
+    kept = Answers(tmp_path, {}, visits=8)
+    for start, free, count in (
+        (0, 10 * answer.nbytes, 1),
+        (4, 2 * answer.nbytes - 1, 1),
+        (4, 2 * answer.nbytes, 2),
+    ):
+        monkeypatch.setattr(Answers, "_free", lambda self, free=free: free)
+        kept.at(torch.arange(start, start + 4), lambda: answer)
+        assert len(list(tmp_path.glob("*/*"))) == count
+
+
 def test_a_full_disk_stops_the_keeping_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*given: Any) -> None:
+    def full(*given: Any, **named: Any) -> None:
         raise answers.CheckpointError("can't write: No space left on device")
 
     monkeypatch.setattr(answers.weights, "write_safetensors", full)
     kept = Answers(tmp_path, {}, visits=8)
     assert torch.equal(kept.at(torch.arange(4), lambda: torch.ones(4, 1)), torch.ones(4, 1))
-    monkeypatch.setattr(answers.weights, "write_safetensors", lambda *given: pytest.fail("tried again"))
+    monkeypatch.setattr(
+        answers.weights, "write_safetensors", lambda *given, **named: pytest.fail("tried again")
+    )
     kept.at(torch.arange(4, 8), lambda: torch.ones(4, 1))

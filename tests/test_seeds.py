@@ -36,7 +36,7 @@ def test_an_explicit_seed_of_0_holds_in_a_run_and_in_a_row_of_a_study(
 
     monkeypatch.setattr(pipelines, "distill", note)
     monkeypatch.setattr(pipelines, "finetune", note)
-    monkeypatch.setattr(stage_1, "operator_keys", lambda edits, teacher, config, **rest: note(config))
+    monkeypatch.setattr(stage_1, "operator_keys", lambda edits, config, *rest: note(config))
     pipeline = tiny_pipeline(tmp_path, seed=7, distill={"seed": given}, finetune={"seed": given})
     shelf: Any = SimpleNamespace()
     for stage in (pipeline.distill, pipeline.finetune, lambda: stage_1.shared_stage_1(pipeline, shelf)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from grafting.recipes import EXPERIMENTS, load_recipe
 from grafting.recipes.rows import Claim, Row, UnavailableError, row_recipe
 from grafting.recipes.table import plan_of, teacher_rows
 from grafting.runs import RunFolder
-from grafting.studies import row_run, run_rows, run_study
+from grafting.studies import row_run, run_rows, run_study, stage_1
 from grafting.studies.findings import HOLDS
+from grafting.studies.identity import identity_of
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 from grafting.surgery import edited_sites
@@ -95,6 +98,10 @@ def test_a_row_takes_over_operators_and_ends_where_it_would_have(world: Path, tm
     ]
 
 
+def all_layers(operator: Any) -> Any:
+    return lambda: [GraftPlan.from_dict(plan_of("mha", operator, "all"))]
+
+
 def test_one_pass_of_the_teacher_serves_the_rows_of_an_operator(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,8 +115,6 @@ def test_one_pass_of_the_teacher_serves_the_rows_of_an_operator(
         Row("pairs", "pairs", {"plan": [{"parallelize": {"groups": "pairs"}}]}, rank=1),
     ]
     study, given, passes = tiny_study(*rows), settings_of(world), []
-    from grafting.studies import stage_1
-
     plain = stage_1.distill
 
     def counted(student: Any, *rest: Any, **named: Any) -> Any:
@@ -138,35 +143,130 @@ def test_one_pass_of_the_teacher_serves_the_rows_of_an_operator(
         assert np.array_equal(*samples)
 
 
-def test_an_operator_of_another_row_that_diverges_does_not_spoil_this_one(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    [
+        DivergedError("stage 1 diverged: the loss of blocks.0.attn is not finite"),
+        RunError("mode cached needs more disk than there is"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_operators_of_other_rows_that_can_t_be_distilled_do_not_spoil_this_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from grafting.studies import stage_1
+    """The row goes on alone, with nothing left of the attempt, and no other row tries those operators for others."""
+    plain, sizes, students = stage_1.distill, [], []
 
-    plain, plan = stage_1.distill, plan_of("mha", "swa", [1, 3])
-
-    def diverge(student: Any, *rest: Any, **named: Any) -> Any:
-        if len(edited_sites(student)) > 2:
+    def refuse(student: Any, *rest: Any, **named: Any) -> Any:
+        sizes.append(len(edited_sites(student)))
+        if sizes[-1] > 2:
+            students.append(weakref.ref(student))
             named["journal"].save_checkpoint("distill", 1, {"step": 1}, 2)
-            raise DivergedError("stage 1 diverged: the loss of blocks.0.attn is not finite")
+            raise error
+        error.__traceback__ = None  # this test holds the error, which would hold the student
+        assert students[0]() is None
         return plain(student, *rest, **named)
 
-    monkeypatch.setattr(stage_1, "distill", diverge)
-    others = [GraftPlan.from_dict(plan_of("mha", "swa", "all"))]
-    pipeline = pipeline_of(world, tmp_path / "row", plan)
-    shared_stage_1(pipeline, Shelf(tmp_path / "shelf"), others)
-    assert pipeline.run.result("distill")["steps"] == 3  # type: ignore[index]
-    assert len(list((tmp_path / "shelf").glob("*.json"))) == 2
+    monkeypatch.setattr(stage_1, "distill", refuse)
+    others, shelf = all_layers("swa"), Shelf(tmp_path / "shelf")
+    for name, layers in (("first", [1, 3]), ("second", [1, 2])):
+        pipeline = pipeline_of(world, tmp_path / name, plan_of("mha", "swa", layers))
+        shared_stage_1(pipeline, shelf, others)
+        assert pipeline.run.result("distill")["steps"] == 3  # type: ignore[index]
+    assert sizes == [4, 2, 1]
+    assert len(list((tmp_path / "shelf").glob("*.json"))) == 3
+
+
+def test_a_step_that_another_row_s_operator_spoils_is_no_step_of_this_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grafting.training.pupils import Pupil
+
+    plain, calls = Pupil.loss_on, []
+
+    def loss_on(pupil: Pupil, tap: Any) -> torch.Tensor:
+        calls.append(pupil.path)
+        loss = plain(pupil, tap)
+        if pupil.path == "blocks.0.attn" and calls.count(pupil.path) == 2:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    plan, states = plan_of("mha", "swa", [1, 3]), []
+    monkeypatch.setattr(Pupil, "loss_on", loss_on)
+    for name, others in (("alone", list), ("beside", all_layers("swa"))):
+        pipeline = pipeline_of(world, tmp_path / name, plan)
+        shared_stage_1(pipeline, Shelf(tmp_path / f"shelf-{name}"), others)
+        states.append(pipeline.run.load_student(pipeline.teacher).state_dict())
+        assert pipeline.run.result("distill")["skipped_steps"] == 0  # type: ignore[index]
+    assert "blocks.0.attn" in calls
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_what_is_on_the_shelf_stays_as_it_is(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is killed when its log is put together, and stage 1 not called done, starts from its last step."""
+    pipeline, shelf = pipeline_of(world, tmp_path / "row", plan_of("mha", "swa", [1, 3])), tmp_path / "shelf"
+    finish = RunFolder.finish
+
+    def killed(run: RunFolder, stage: str, result: Any) -> None:
+        if stage == "distill":
+            raise OSError("killed")
+        finish(run, stage, result)
+
+    monkeypatch.setattr(RunFolder, "finish", killed)
+    with pytest.raises(OSError, match="killed"):
+        shared_stage_1(pipeline, Shelf(shelf), all_layers("swa"))
+    monkeypatch.undo()
+    before = {path.name: path.read_bytes() for path in shelf.iterdir()}
+    assert all(json.loads(text)["log"] for name, text in before.items() if name.endswith(".json"))
+    shared_stage_1(pipeline, Shelf(shelf), all_layers("swa"))
+    assert {path.name: path.read_bytes() for path in shelf.iterdir()} == before
+
+
+def test_rows_that_others_are_at_are_left_to_them(world: Path, tmp_path: Path) -> None:
+    """By the lock of the row, and by what it noted that it trains."""
+    rows = [Row("one", "one", half()), Row("all", "all", {"plan": plan_of("mha", "hyena_x", "all")})]
+    setting = row_run.Setting.of(
+        tiny_study(*rows), tmp_path, model=None, seed=0, device="cpu", changes=settings_of(world), wanted=rows
+    )  # fmt: skip
+    recipe = setting.recipe(rows[0])
+    assert len(row_run._same_stage_1(setting, rows[0], recipe)) == 1
+    folder = tmp_path / "rows" / "all"
+    folder.mkdir(parents=True)
+    with subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import sys, time; from grafting.runs import FolderLock\n"
+            "lock = FolderLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)",
+            str(folder),
+        ],
+        stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert row_run._same_stage_1(setting, rows[0], recipe) == []
+        other.kill()
+    assert len(row_run._same_stage_1(setting, rows[0], recipe)) == 1
+    shelf, other_row = Shelf(tmp_path / "shelf"), tmp_path / "rows" / "third"
+    other_row.mkdir()
+    done = pipeline_of(world, tmp_path / "rows" / "all-alone", plan_of("mha", "swa", [0, 2]))
+    shared_stage_1(done, Shelf(tmp_path / "other-shelf"))  # noted, and not on the shelf yet
+    shared_stage_1(
+        pipeline_of(world, tmp_path / "rows" / "mine", plan_of("mha", "swa", [1])), shelf, all_layers("swa")
+    )
+    assert len(list((tmp_path / "shelf").glob("*.json"))) == 2  # layers 1 and 3
 
 
 def test_a_row_that_distills_for_others_is_resumed(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when the other rows are no longer there to ask for it."""
-    plan, others = plan_of("mha", "swa", [1, 3]), [GraftPlan.from_dict(plan_of("mha", "swa", "all"))]
-    whole = pipeline_of(world, tmp_path / "whole", plan)
+    plan, others = plan_of("mha", "swa", [1, 3]), all_layers("swa")
+    whole = pipeline_of(world, tmp_path / "a" / "row", plan)
     shared_stage_1(whole, Shelf(tmp_path / "shelf-a"), others)
-    pipeline, shelf = pipeline_of(world, tmp_path / "row", plan), Shelf(tmp_path / "shelf-b")
+    pipeline, shelf = pipeline_of(world, tmp_path / "b" / "row", plan), Shelf(tmp_path / "shelf-b")
     monkeypatch.setattr(RunFolder, "stop_requested", lambda run: 143 if run.metrics() else None)
     with pytest.raises(Interrupted):
         shared_stage_1(pipeline, shelf, others)
@@ -201,12 +301,20 @@ def test_what_an_operator_depends_on_is_in_its_key(world: Path, tmp_path: Path) 
 def test_rows_share_what_the_teacher_predicts_and_the_last_clears_it_away(
     world: Path, tmp_path: Path
 ) -> None:
-    rows = [Row("one", "one", half()), Row("two", "two", {"plan": plan_of("mha", "swa", [0, 2])})]
+    rows = [
+        Row("one", "one", half()), Row("two", "two", {"plan": plan_of("mha", "swa", [0, 2])}, rank=1),
+        Row("seed", "another seed", half(), seed=1), Row("data", "less data", half(), share=0.05),
+    ]  # fmt: skip
     study, folder, given = tiny_study(*rows), tmp_path / "study", settings_of(world)
+    given = [text for text in given if not text.startswith("fraction")]
     run_rows(study, folder, QUIET, changes=given, only=["one"])
+    assert not list(folder.glob("shared/answers/*"))  # nobody else asks
+    shutil.rmtree(folder / "rows" / "one")
+    setting = row_run.Setting.of(study, folder, model=None, seed=0, device="cpu", changes=given, wanted=rows)
+    for number in (0, 2, 3):  # of which the last two ask what nobody else asks
+        row_run.run_row(setting, rows[number], QUIET)
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("shared/answers/*/*.safetensors")}
     assert len(kept) == 3  # one for each step
-    setting = row_run.Setting.of(study, folder, model=None, seed=0, device="cpu", changes=given)
     row_run.run_row(setting, rows[1], QUIET)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("shared/answers/*/*.safetensors")} == kept
     run_rows(study, folder, QUIET, changes=given)
@@ -359,7 +467,7 @@ def test_a_locality_file_is_known_by_its_content(world: Path, tmp_path: Path) ->
         path.parent.mkdir()
         path.write_text(json.dumps(file))
         recipe = row_recipe(tiny_study(row), row, {"locality": str(path), **row_run.parse_overrides(given)})
-        known.append(row_run._identity(row, recipe))
+        known.append(identity_of(row, recipe))
     assert known[0] == known[1]
 
 

@@ -14,8 +14,8 @@ from grafting.recipes import EXPERIMENTS, Recipe, experiments, load_recipe
 from grafting.recipes.equal_budget import ORDER
 from grafting.recipes.rows import Row, UnavailableError, row_recipe
 from grafting.recipes.table import BASELINE, TABLE_4, plan_of
-from grafting.studies import row_run
 from grafting.studies.findings import HOLDS, OPEN, test_claims
+from grafting.studies.identity import identity_of
 
 test_claims.__test__ = False  # type: ignore[attr-defined]
 ALL_ROWS = [
@@ -220,5 +220,5 @@ def test_a_row_that_is_in_two_studies_is_one_experiment(name: str) -> None:
     found = []
     for study, row in (("table4", f"{name}-50"), ("equal-budget", f"{name}-ours-s0")):
         of = EXPERIMENTS[study]
-        found.append(row_run._identity(of.row(row), row_recipe(of, of.row(row), {})))
+        found.append(identity_of(of.row(row), row_recipe(of, of.row(row), {})))
     assert found[0] == found[1]

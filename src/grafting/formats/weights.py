@@ -85,13 +85,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors whole or not at all (temporary file, fsync, rename)."""
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, lasting: bool = True
+) -> None:  # fmt: skip
+    """Write tensors whole or not at all (temporary file, fsync, rename); lasting: as `new_file` has it."""
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(plain, dict(metadata) if metadata else None))
+    with new_file(path, lasting=lasting) as file:
+        file.write(save(plain, dict(metadata) if metadata else None))
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -106,10 +107,11 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
+def new_file(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to that takes its name, on disk for good, when the block ends; after an error nothing is left.
 
-    Temporary file beside it, fsync, rename, fsync of the folder. Raises CheckpointError for an error of the disk.
+    Temporary file beside it, fsync, rename, fsync of the folder. lasting: False for what can be made again, and is
+    checked when it is read: the disk writes it in its time. Raises CheckpointError for an error of the disk.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,13 +120,15 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             with os.fdopen(handle, "wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if lasting:
+                    os.fsync(file.fileno())
             os.chmod(partial, 0o644)
             os.replace(partial, path)
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        if lasting:
+            _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"can't write {str(path)!r}: {error.strerror or error}") from None
 

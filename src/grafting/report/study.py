@@ -81,6 +81,7 @@ def _table(study: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Html:
     return section(
         "results", "Results", el("div", data_table(caption, heads, body), class_="named"),
         note("± is the standard deviation over seeds.") if spread else None,
+        note("Wall time is of training; what a row took over from others it did not wait for.") if timed else None,
         note(f"Protocol: {protocol_sentence(protocol)}.") if protocol else None,
     )  # fmt: skip
 

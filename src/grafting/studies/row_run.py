@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,22 @@ from grafting.plan import GraftPlan
 from grafting.processes import own_device
 from grafting.recipes import parse_overrides, recipe_mapping
 from grafting.recipes.rows import Row, Study, UnavailableError, row_recipe
-from grafting.recipes.settings import Recipe, upgraded
+from grafting.recipes.settings import Recipe
 from grafting.runs import RunFolder
-from grafting.runs.folder import VERSION
 from grafting.selectors import needs_locality
 from grafting.studies.control import finetune_teacher
-from grafting.studies.share import alone_in, link
+from grafting.studies.identity import (
+    bound,
+    check_identity,
+    identity_of,
+    read_identity,
+    record_identity,
+)
+from grafting.studies.share import alone_in, is_at_work, link
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
+from grafting.training.answers import question
+from grafting.training.config import seeded
 
 TRAINING = ("distill", "finetune")
 _NOT_OF_THE_RESULT = ("name", "about", "preset", "trackers")
@@ -83,7 +92,7 @@ class Setting:
 
     @property
     def answers(self) -> Path:
-        """What the teacher predicts in stage 2, asked once for all rows; not kept beyond the last of them."""
+        """What the teacher predicts in stage 2, for rows that ask the same; not kept beyond the last row."""
         return self.folder / "shared" / "answers"
 
     def recipe(self, row: Row) -> Recipe:
@@ -150,16 +159,17 @@ def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
     if _lacks_locality(recipe):
         recipe = recipe.model_copy(update={"locality": _locality(setting, recipe, console)})
     path = setting.row_folder(row.name)
-    identity = _identity(row, recipe)
-    _check_identity(path, identity, row.name)
+    identity = identity_of(row, recipe)
+    check_identity(path, identity, row.name)
     if (taken := _take_over(setting, path, row.name, identity)) is not None:
-        _record_identity(path, identity, row.name)
+        record_identity(path, identity, row.name)
         return taken
+    answers = setting.answers if _shares_answers(setting, row, recipe) else None
     pipeline = _RowPipeline(
-        recipe, RunFolder(path, console), setting.device, answers=setting.answers, setting=setting
+        recipe, RunFolder(path, console), setting.device, answers=answers, setting=setting
     )
     pipeline.check(to_the_end=True)  # before anything is kept that would bind the row to these settings
-    _record_identity(path, identity, row.name)
+    record_identity(path, identity, row.name)
     if row.teacher is not None:
         return _run_teacher(setting, row, pipeline, path, console)
     return _run_student(setting, row, pipeline, path, console)
@@ -177,7 +187,7 @@ def check_row(setting: Setting, row: Row) -> None:
         return
     if _lacks_locality(recipe) and (file := _locality_file(setting)).is_file():
         recipe = recipe.model_copy(update={"locality": str(file)})
-    _check_identity(setting.row_folder(row.name), _identity(row, recipe), row.name)
+    check_identity(setting.row_folder(row.name), identity_of(row, recipe), row.name)
 
 
 def _run_student(
@@ -188,7 +198,7 @@ def _run_student(
     diverged = None
     try:
         with pipeline.run.writing():
-            shared_stage_1(pipeline, setting.shelf, _same_stage_1(setting, row, recipe))
+            shared_stage_1(pipeline, setting.shelf, lambda: _same_stage_1(setting, row, recipe))
             pipeline.all()
     except DivergedError as error:
         diverged = str(error)
@@ -214,24 +224,40 @@ def _run_student(
     }
 
 
-def _same_stage_1(setting: Setting, row: Row, recipe: Recipe) -> list[GraftPlan]:
-    """Plans of the rows that are still to be done and are like this one, plans apart, up to the end of stage 1."""
-
-    def until_then(one: Recipe) -> dict[str, Any]:
-        return {key: value for key, value in one.to_dict().items() if key not in _NOT_OF_STAGE_1}
-
-    found = []
+def _others(setting: Setting, row: Row) -> Iterator[tuple[Row, Recipe]]:
+    """The other rows that are wanted and can be run, with their recipes."""
     for other in setting.wanted:
-        if other.name == row.name or other.teacher is not None or setting.result_file(other.name).is_file():
-            continue
-        try:
-            theirs = setting.recipe(other)
-        except GraftError:  # it can't be run, or not yet; the row itself will say so
-            continue
-        known = recipe.locality is not None or not _lacks_locality(theirs)
-        if known and theirs.distill is not None and until_then(theirs) == until_then(recipe):
-            found.append(theirs.graft_plan)
-    return found
+        if other.name != row.name and other.teacher is None:
+            with contextlib.suppress(GraftError):  # it can't be run, or not yet; the row itself will say so
+                yield other, setting.recipe(other)
+
+
+def _same_stage_1(setting: Setting, row: Row, recipe: Recipe) -> list[GraftPlan]:
+    """Plans of the rows that wait to be done and are like this one, plans apart, up to the end of stage 1."""
+    own = _without(recipe, *_NOT_OF_STAGE_1)
+    return [
+        theirs.graft_plan
+        for other, theirs in _others(setting, row)
+        if not setting.result_file(other.name).is_file()
+        and not is_at_work(setting.row_folder(other.name))
+        and (recipe.locality is not None or not _lacks_locality(theirs))
+        and _without(theirs, *_NOT_OF_STAGE_1) == own
+    ]
+
+
+def _shares_answers(setting: Setting, row: Row, recipe: Recipe) -> bool:
+    """Whether another row puts the same questions to the teacher in stage 2."""
+
+    def asked(one: Recipe) -> tuple[Any, ...] | None:
+        said = question(seeded(one.finetune, one.seed)) if one.finetune is not None else None
+        return None if said is None else (said, _without(one, *_NOT_OF_STAGE_1, "distill"))
+
+    own = asked(recipe)
+    return own is not None and any(asked(theirs) == own for _, theirs in _others(setting, row))
+
+
+def _without(recipe: Recipe, *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in recipe.to_dict().items() if key not in keys}
 
 
 def _run_teacher(
@@ -270,7 +296,7 @@ def _run_teacher(
 
 def teacher_samples(setting: Setting, pipeline: Pipeline, other: int = 0) -> Path:
     """Samples of the unedited teacher from the noise of this recipe's seed plus `other`, drawn once for all rows."""
-    seed, given = pipeline.recipe.seed + other, pipeline.recipe.to_dict()
+    seed, given = pipeline.recipe.seed + other, bound(pipeline.recipe.to_dict())
     given["sample"].pop("truncate")  # of prompts, which no study has
     how = json.dumps([given[key] for key in ("model", "num_heads", "dtype", "sample")])
     name = f"seed-{seed}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
@@ -320,68 +346,13 @@ def _locality(setting: Setting, recipe: Recipe, console: Console) -> str:
     return str(file)
 
 
-def _identity(row: Row, recipe: Recipe) -> dict[str, Any]:
-    """What a row's result depends on, names apart; of a locality file its content, wherever it lies."""
-    found = {k: v for k, v in recipe.to_dict().items() if k not in _NOT_OF_THE_RESULT} | {"version": VERSION}
-    if recipe.pipeline is None:  # as the rows of a time before there was one
-        del found["pipeline"]
-    if recipe.locality is not None and Path(recipe.locality).is_file():
-        found["locality"] = hashlib.sha256(Path(recipe.locality).read_bytes()).hexdigest()
-    if row.teacher in ("as it is", "other noise"):
-        found = {
-            k: found[k] for k in ("model", "num_heads", "dtype", "seed", "sample", "evaluate", "version")
-        }
-        return {"teacher": True, **found}
-    return {"teacher": row.teacher == "finetuned", **_one_form(found)}
-
-
-def _one_form(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with the plan in its plan-file form, which is one for equal plans; `init` is in the plan."""
-    found = dict(identity)
-    if found.get("plan"):
-        found["plan"] = GraftPlan.from_dict(found["plan"]).to_dict()["entries"]
-        found.pop("init", None)
-    return found
-
-
-def _identity_file(path: Path, name: str) -> Path:
-    return path.parent.parent / "shared" / "rows" / f"{name}.json"
-
-
-def _record_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
-    """Keep what a row is: it begins now."""
-    if not (file := _identity_file(path, name)).is_file():
-        weights.write_json(file, dict(identity))
-
-
-def _check_identity(path: Path, identity: Mapping[str, Any], name: str) -> None:
-    """Refuse to go on with a begun row, or to put others beside it, with other settings. Raises RunError."""
-    file = _identity_file(path, name)
-    if not file.is_file():
-        return
-    known = _read_identity(file)
-    now = json.loads(json.dumps(identity))
-    differing = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
-    if differing:
-        raise RunError(
-            f"row {name!r} was begun with other settings (different: {', '.join(differing)}); "
-            "give another --out, or remove the row's folder and its file in shared/rows"
-        )
-
-
-def _read_identity(file: Path) -> dict[str, Any]:
-    known = weights.read_json(file, "row")
-    version = known.get("version")
-    return _one_form(upgraded(known, version if isinstance(version, int) else 1)) | {"version": VERSION}
-
-
 def _take_over(setting: Setting, path: Path, name: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of the same row in a folder whose work may be taken over, with its samples."""
     now = json.loads(json.dumps(identity))
     for folder in setting.reuse:
         for file in sorted((folder / "shared" / "rows").glob("*.json")):
             row = folder / "rows" / file.stem
-            if not (row / "result.json").is_file() or _read_identity(file) != now:
+            if not (row / "result.json").is_file() or read_identity(file) != now:
                 continue
             result = weights.read_json(row / "result.json", "result")
             if result.get("samples"):

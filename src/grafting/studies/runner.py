@@ -26,7 +26,7 @@ from grafting.report.study import write_study
 from grafting.runs import FolderLock
 from grafting.studies.collect import collect
 from grafting.studies.row_run import Setting, check_row, run_row
-from grafting.studies.share import Launch, alone_in, take
+from grafting.studies.share import Launch, alone_in, is_at_work, take
 from grafting.studies.sources import check_sources
 from grafting.training.loop import Interrupted
 
@@ -77,7 +77,9 @@ def run_rows(
     if launch.world > 1 and (left := [row.name for row in rows if not _is_settled(setting, row)]):
         console.say(f"other processes of this launch are at {', '.join(left)}; the last one says what failed")
         return page  # a bad exit status would make some launchers end them
-    if all(_is_settled(setting, row) for row in study.rows):
+    if all(_is_settled(setting, row) for row in rows) and not any(
+        is_at_work(setting.row_folder(row.name)) for row in study.rows
+    ):
         shutil.rmtree(setting.answers, ignore_errors=True)
     failed = [row.name for row in rows if _failure_file(folder, row).is_file()]
     if failed:
@@ -132,6 +134,7 @@ def _do(setting: Setting, row: Row, console: Console) -> bool:
     """One row; False if it can't be run yet (or at all) with what there is."""
     console.say(f"== {row.name}: {row.label}")
     unavailable = _unavailable(setting, row)
+    unavailable.unlink(missing_ok=True)
     try:
         result = run_row(setting, row, console)
     except Interrupted:
@@ -149,7 +152,6 @@ def _do(setting: Setting, row: Row, console: Console) -> bool:
         weights.write_json(_failure_file(setting.folder, row), said)
         return True
     weights.write_json(setting.result_file(row.name), result)
-    unavailable.unlink(missing_ok=True)
     metrics = ", ".join(f"{name} {value:.3g}" for name, value in result["metrics"].items())
     how = f"taken over from {taken}" if (taken := result.get("taken_from")) else "done"
     console.say(f"== {row.name} {how}: {metrics or 'diverged'}")

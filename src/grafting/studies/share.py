@@ -23,6 +23,8 @@ from grafting import processes
 from grafting.errors import InUseError
 from grafting.formats import weights
 from grafting.runs import FolderLock
+from grafting.runs.lock import NAME as LOCK
+from grafting.runs.lock import is_alive, read_owner
 
 _LAUNCHES = "launches"  # in a study's folder: a file for each process of a launch that worked there
 # What the processes of one launch have in common, and hardly two launches: a process notes its own number besides.
@@ -105,6 +107,12 @@ def alone_in(
         lock.release()
 
 
+def is_at_work(folder: Path) -> bool:
+    """Whether another living process holds the lock of a folder."""
+    owner = read_owner(folder)
+    return owner is not None and not owner.is_this_process() and is_alive(owner, folder / LOCK)
+
+
 def link(source: Path, target: Path) -> None:
     """`target` is `source`: one file on disk where that can be, else a copy."""
     if target.exists():
@@ -117,4 +125,4 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfileobj(given, file)
 
 
-__all__ = ["Launch", "alone_in", "link", "take"]
+__all__ = ["Launch", "alone_in", "is_at_work", "link", "take"]

@@ -13,11 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from grafting import __version__
-from grafting.families import family_of
 from grafting.formats import weights
 from grafting.plain import canonical_json
 from grafting.plan import GraftPlan
@@ -64,14 +61,13 @@ class Shelf:
 
 
 def operator_keys(
-    edits: Iterable[Edit], teacher: nn.Module, config: DistillConfig, *, seed: int, data_hash: str, device: str,
-    precision: str,
-) -> dict[str, str] | None:  # fmt: skip
+    edits: Iterable[Edit], config: DistillConfig, seed: int, known: Mapping[str, Any]
+) -> dict[str, str] | None:
     """path -> key of every operator that stage 1 trains; None where the recipe leaves the loss to a measurement.
 
-    The key is a hash of all that the result depends on.
+    The key is a hash of all that the result depends on. known: `circumstances` of the teacher and its data.
     """
-    common = _common(teacher, config, seed, data_hash, device, precision)
+    common = _common(config, seed, known)
     losses = {str(target): str(loss) for target, loss in (DEFAULT_LOSSES | config.losses).items()}
     found = {}
     for edit in edits:
@@ -89,28 +85,13 @@ def operator_keys(
     return found
 
 
-def plan_key(
-    plan: GraftPlan, teacher: nn.Module, config: DistillConfig, *, seed: int, data_hash: str, device: str,
-    precision: str,
-) -> str:  # fmt: skip
+def plan_key(plan: GraftPlan, config: DistillConfig, seed: int, known: Mapping[str, Any]) -> str:
     """The key of the student that stage 1 makes of a whole plan, for plans whose parts are not independent."""
-    described = {"plan": plan.to_dict(), "losses": dict(DEFAULT_LOSSES | config.losses)}
-    common = _common(teacher, config, seed, data_hash, device, precision)
-    return hashlib.sha256(canonical_json({**common, **described}).encode()).hexdigest()
+    described = {"edits": plan.to_dict(), "losses": dict(DEFAULT_LOSSES | config.losses)}
+    return hashlib.sha256(canonical_json({**_common(config, seed, known), **described}).encode()).hexdigest()
 
 
-def _common(
-    teacher: nn.Module, config: DistillConfig, seed: int, data_hash: str, device: str, precision: str
-) -> dict[str, Any]:
+def _common(config: DistillConfig, seed: int, known: Mapping[str, Any]) -> dict[str, Any]:
     """What every result of stage 1 depends on."""
-    return {
-        "package": __version__,
-        "torch": torch.__version__,
-        "teacher": weights.combined_digest(weights.digests(teacher)),
-        "architecture": family_of(teacher).architecture(teacher),
-        "distill": {k: v for k, v in config.model_dump(mode="json").items() if k not in _NOT_OF_THE_RESULT},
-        "seed": seed,
-        "data": data_hash,
-        "device": torch.device(device).type,
-        "precision": precision,
-    }
+    kept = {k: v for k, v in config.model_dump(mode="json").items() if k not in _NOT_OF_THE_RESULT}
+    return {**known, "distill": kept, "seed": seed}

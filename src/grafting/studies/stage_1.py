@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from grafting.errors import DivergedError, GraftError
+from grafting.errors import CheckpointError, GraftError, RunError
 from grafting.families import family_of
 from grafting.formats import weights
 from grafting.pipeline import Pipeline
-from grafting.plain import canonical_json
 from grafting.plan import GraftPlan, Replace
 from grafting.studies.shelf import Shelf, Shelved, operator_keys, plan_key
 from grafting.surgery import Edit, explain, graft
+from grafting.training.circumstances import circumstances
+from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, seeded
 from grafting.training.distillation import distill
 from grafting.training.loop import Interrupted
@@ -25,15 +27,30 @@ from grafting.training.results import DistillResult
 
 STAGE = "distill"
 _TODO = "stage-1.json"  # in the row's folder: what it distills itself, so that a resumed row trains the same
+Others = Callable[[], Sequence[GraftPlan]]
 
 
-def shared_stage_1(pipeline: Pipeline, shelf: Shelf, others: Sequence[GraftPlan] = ()) -> None:
+@dataclass(frozen=True)
+class _Job:
+    """Stage 1 of one row. known: what its results depend on besides settings and seed."""
+
+    pipeline: Pipeline
+    config: DistillConfig
+    shelf: Shelf
+    known: Mapping[str, Any]
+
+    def keys(self, edits: Iterable[Edit]) -> dict[str, str] | None:
+        """path -> key of what is trained; None where the recipe leaves its losses to a measurement."""
+        return operator_keys(edits, self.config, self.pipeline.recipe.seed, self.known)
+
+
+def shared_stage_1(pipeline: Pipeline, shelf: Shelf, others: Others = list) -> None:
     """Do stage 1 of a row, with every operator that is on the shelf taken from there, and put the rest on it.
 
     Leaves what `Pipeline.distill` would: the same weights, result and log (seconds are those of each operator's share
     of the pass that it was trained in). A recipe that leaves its losses to a measurement is distilled whole.
-    others: plans of rows that come later and are the same up to the end of stage 1. Where they put an operator of this
-    row into more layers, these are distilled in the same pass of the teacher.
+    others: gives the plans of rows that wait and are the same up to the end of stage 1. Where they put an operator of
+    this row into more layers, these are distilled in the same pass of the teacher.
     """
     run, recipe = pipeline.run, pipeline.recipe
     if recipe.distill is None or run.result(STAGE) is not None:
@@ -42,32 +59,24 @@ def shared_stage_1(pipeline: Pipeline, shelf: Shelf, others: Sequence[GraftPlan]
         pipeline.graft()
     config = seeded(recipe.distill, recipe.seed)
     said = explain(pipeline.teacher, recipe.graft_plan, recipe.locality)
-    edits = said.edits
+    precision = make_compute(pipeline.compute.device, config.precision).precision
+    known = circumstances(pipeline.teacher, pipeline.data.content_hash, pipeline.device, precision)
+    job = _Job(pipeline, config, shelf, known)
     if said.groups or said.pruned:
-        _whole(pipeline, config, said.plan, shelf)
+        _whole(job, said.plan)
         return
-    keys = _keys(pipeline, config, edits)
+    keys = job.keys(said.edits)
     if keys is None:
         pipeline.distill()
         return
     with run.writing(STAGE):
-        _fill(pipeline, config, edits, keys, shelf, others)
+        _fill(job, said.edits, keys, others)
 
 
-def _keys(pipeline: Pipeline, config: DistillConfig, edits: Iterable[Edit]) -> dict[str, str] | None:
-    return operator_keys(
-        edits, pipeline.teacher, config, seed=pipeline.recipe.seed, data_hash=pipeline.data.content_hash,
-        device=pipeline.device, precision=_precision(pipeline, config),
-    )  # fmt: skip
-
-
-def _whole(pipeline: Pipeline, config: DistillConfig, plan: GraftPlan, shelf: Shelf) -> None:
+def _whole(job: _Job, plan: GraftPlan) -> None:
     """A plan that edits the depth is distilled as a whole; another row with the same stage 1 takes over the student."""
-    run = pipeline.run
-    key = plan_key(
-        plan, pipeline.teacher, config, seed=pipeline.recipe.seed, data_hash=pipeline.data.content_hash,
-        device=pipeline.device, precision=_precision(pipeline, config),
-    )  # fmt: skip
+    pipeline, shelf, run = job.pipeline, job.shelf, job.pipeline.run
+    key = plan_key(plan, job.config, pipeline.recipe.seed, job.known)
     known = shelf.get(key)
     if known is None:
         result = pipeline.distill()
@@ -84,26 +93,15 @@ def _whole(pipeline: Pipeline, config: DistillConfig, plan: GraftPlan, shelf: Sh
         run.finish(STAGE, dict(known.record["result"]) | {"taken_over": True})
 
 
-def _fill(
-    pipeline: Pipeline, config: DistillConfig, edits: tuple[Edit, ...], keys: Mapping[str, str], shelf: Shelf,
-    others: Sequence[GraftPlan],
-) -> None:  # fmt: skip
+def _fill(job: _Job, edits: tuple[Edit, ...], keys: Mapping[str, str], others: Others) -> None:
     """Distill what is not on the shelf, put together the student, finish the stage."""
-    run = pipeline.run
+    pipeline, run = job.pipeline, job.pipeline.run
     run.bind("data", pipeline.data.name, pipeline.data.content_hash)
-    todo, more = _todo(pipeline, config, edits, keys, shelf, others)
-    if todo:
-        own = [edit for edit in edits if edit.site.path in todo]
-        try:
-            _distill(pipeline, config, [*own, *more], shelf)
-        except DivergedError:
-            if not more:
-                raise
-            run.console.say("stage 1 diverged: once more, without the operators of other rows")
-            shutil.rmtree(run.path / "checkpoints" / STAGE, ignore_errors=True)
-            _note(pipeline, todo, [])
-            _distill(pipeline, config, own, shelf)
-    found = {path: shelf.get(key) for path, key in keys.items()}
+    todo, more = _todo(job, edits, keys, others)
+    own = [edit for edit in edits if edit.site.path in todo]
+    if own and not (more and _did_together(job, own, more)):
+        _distill(job, own)
+    found = {path: job.shelf.get(key) for path, key in keys.items()}
     shelved = {path: item for path, item in found.items() if item is not None}
     student = pipeline.student()
     for path, item in shelved.items():
@@ -113,108 +111,142 @@ def _fill(
         lines = _merged_lines(item.record["log"] for item in shelved.values())
         text = "".join(json.dumps(line) + "\n" for line in lines)
         weights.write_bytes(run.path / "metrics.jsonl", text.encode())
-    result = _result(pipeline, config, edits, shelved).to_dict()
+    result = _result(job, edits, shelved).to_dict()
     result |= pipeline.share_of_pretraining(result["flops"])
     run.finish(STAGE, result | {"taken_over": sorted(set(shelved) - set(todo))})
 
 
-def _precision(pipeline: Pipeline, config: DistillConfig) -> str:
-    from grafting.training.compute import make_compute
-
-    return make_compute(pipeline.compute.device, config.precision).precision
+# ---- what is to be distilled
 
 
 def _todo(
-    pipeline: Pipeline, config: DistillConfig, edits: tuple[Edit, ...], keys: Mapping[str, str], shelf: Shelf,
-    others: Sequence[GraftPlan],
-) -> tuple[list[str], list[Edit]]:  # fmt: skip
+    job: _Job, edits: tuple[Edit, ...], keys: Mapping[str, str], others: Others
+) -> tuple[list[str], list[Edit]]:
     """The sites that this row distills for itself, and what it distills for other rows: decided once."""
-    path = pipeline.run.path / _TODO
-    if path.is_file() and any((pipeline.run.path / "checkpoints" / STAGE).glob("*.pt")):
-        known = weights.read_json(path, "stage 1")
-        entries = known.get("besides")
-        plan = GraftPlan.from_dict(entries) if entries else None
-        return list(known.get("distills", [])), list(_edits(pipeline, plan))
-    todo = [site for site, key in keys.items() if not shelf.has(key)]
-    more = _of_others(pipeline, config, edits, shelf, others) if todo else []
-    _note(pipeline, todo, more)
+    run = job.pipeline.run
+    if (run.path / _TODO).is_file() and any((run.path / "checkpoints" / STAGE).glob("*.pt")):
+        known = weights.read_json(run.path / _TODO, "stage 1")
+        besides = known.get("besides")
+        return list(known.get("distills", [])), _edits(job, besides) if besides else []
+    todo = [path for path, key in keys.items() if not job.shelf.has(key)]
+    more = _of_others(job, edits, others()) if todo else []
+    _note(job, todo, more, [keys[path] for path in todo])
     return todo, more
 
 
-def _note(pipeline: Pipeline, todo: list[str], more: list[Edit]) -> None:
-    besides = [_alone(edit).to_dict() for edit in more]
-    weights.write_json(pipeline.run.path / _TODO, {"distills": todo, "besides": besides})
+def _note(job: _Job, todo: list[str], more: list[Edit], tries: Iterable[str]) -> None:
+    """tries: keys of what is trained here for this row, or was tried here for others: they don't try it for others."""
+    tried = sorted({*tries, *(job.keys(more) or {}).values()})
+    said = {"distills": todo, "besides": [_alone(edit).to_dict() for edit in more], "tries": tried}
+    weights.write_json(job.pipeline.run.path / _TODO, said)
 
 
-def _of_others(
-    pipeline: Pipeline, config: DistillConfig, edits: tuple[Edit, ...], shelf: Shelf, others: Sequence[GraftPlan]
-) -> list[Edit]:  # fmt: skip
-    """Operators of this row's kinds in layers where other rows alone have them, that nobody has distilled yet."""
-    kinds = {_kind(edit) for edit in edits}
-    taken = {edit.site.path for edit in edits}
+def _of_others(job: _Job, edits: tuple[Edit, ...], others: Sequence[GraftPlan]) -> list[Edit]:
+    """Operators of this row's kinds in layers where other rows alone have them, that nobody distills yet."""
+    kinds, own = {_kind(edit.entry) for edit in edits}, {edit.site.path for edit in edits}
     found: dict[str, Edit] = {}
-    for edit in (edit for plan in others for edit in _edits(pipeline, plan, lenient=True)):
-        if edit.site.path not in taken and _kind(edit) in kinds:
-            found.setdefault(edit.site.path, edit)
-    keys = _keys(pipeline, config, found.values()) or {}
-    return [edit for path, edit in found.items() if path in keys and not shelf.has(keys[path])]
+    for plan in others:
+        entries = [e for e in plan.entries if isinstance(e, Replace) and _kind(e) in kinds]
+        if entries and all(isinstance(entry, Replace) for entry in plan.entries):
+            try:
+                more = _edits(job, entries)
+            except GraftError:  # of a plan that can't be carried out: its row will say so
+                continue
+            for edit in more:
+                if edit.site.path not in own:
+                    found.setdefault(edit.site.path, edit)
+    keys, tried = job.keys(found.values()) or {}, _tried_elsewhere(job)
+    return [
+        edit
+        for path, edit in found.items()
+        if path in keys and keys[path] not in tried and not job.shelf.has(keys[path])
+    ]
 
 
-def _edits(pipeline: Pipeline, plan: GraftPlan | None, lenient: bool = False) -> tuple[Edit, ...]:
-    """The operators that a plan puts in; none of one that edits the depth, which is distilled as a whole.
+def _tried_elsewhere(job: _Job) -> set[str]:
+    """Keys of what another row trains, or has tried to."""
+    own, tried = job.pipeline.run.path, set[str]()
+    for path in own.parent.glob(f"*/{_TODO}"):
+        if path.parent != own:
+            try:
+                tried.update(weights.read_json(path, "stage 1").get("tries", []))
+            except CheckpointError:  # it is just being removed
+                continue
+    return tried
 
-    lenient: none of a plan that can't be carried out; the row whose it is will say so.
-    """
-    if plan is None:
-        return ()
-    try:
-        said = explain(pipeline.teacher, plan, pipeline.recipe.locality)
-    except GraftError:
-        if not lenient:
-            raise
-        return ()
-    return () if said.groups or said.pruned else said.edits
+
+def _edits(job: _Job, entries: Iterable[Any]) -> list[Edit]:
+    """What entries of a plan, or their plan-file form, put in."""
+    return list(explain(job.pipeline.teacher, GraftPlan(entries), job.pipeline.recipe.locality).edits)
 
 
 def _alone(edit: Edit) -> Replace:
     return replace(edit.entry, layers=(edit.site.layer,))
 
 
-def _kind(edit: Edit) -> str:
-    """An entry of a plan without its layers."""
-    return canonical_json({**_alone(edit).to_dict()["replace"], "layers": None})
+def _kind(entry: Replace) -> Replace:
+    """An entry whatever its layers."""
+    return replace(entry, layers=(0,))
 
 
-def _distill(pipeline: Pipeline, config: DistillConfig, edits: list[Edit], shelf: Shelf) -> None:
-    """Train these operators in one pass, and put them on the shelf."""
-    run, keys = pipeline.run, _keys(pipeline, config, edits) or {}
+# ---- distilling it
+
+
+def _did_together(job: _Job, own: list[Edit], more: list[Edit]) -> bool:
+    """Distill this row's operators and others' in one pass; False where that does not do: each row has its own then."""
+    run = job.pipeline.run
+    try:
+        _distill(job, own, more)
+        return True
+    except (GraftError, torch.OutOfMemoryError, MemoryError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+    run.console.say(f"the operators of other rows are left to them: {said}")
+    shutil.rmtree(run.path / "checkpoints" / STAGE, ignore_errors=True)
+    keys = job.keys([*own, *more]) or {}
+    _note(job, [edit.site.path for edit in own], [], keys.values())
+    return False
+
+
+def _distill(job: _Job, own: list[Edit], more: Sequence[Edit] = ()) -> None:
+    """Train these operators in one pass, and put them on the shelf.
+
+    more: for other rows. A step with bad gradients is one that all operators skip, so it must not be theirs: RunError.
+    """
+    pipeline, run, edits = job.pipeline, job.pipeline.run, [*own, *more]
+    keys = job.keys(edits) or {}
     student = graft(pipeline.teacher, GraftPlan([_alone(edit) for edit in edits]), seed=pipeline.recipe.seed)
     with run.stoppable():
-        outcome = distill(student, pipeline.teacher, pipeline.data, config, journal=run)
+        outcome = distill(student, pipeline.teacher, pipeline.data, job.config, journal=run)
+    if more and outcome.skipped_steps:
+        raise RunError(f"{outcome.skipped_steps} steps had gradients that are not finite")
     lines = [line for line in run.metrics() if line.get("stage") == STAGE]
     for edit in edits:
         path = edit.site.path
-        shelf.put(keys[path], student.get_submodule(path).state_dict(), {
+        if job.shelf.has(keys[path]):  # by an attempt that was killed at its end, or another process
+            continue
+        job.shelf.put(keys[path], student.get_submodule(path).state_dict(), {
             "path": path, "entry": edit.entry.to_dict(), "seconds": outcome.seconds / len(edits),
             "start_error": {kind: errors[path] for kind, errors in outcome.start_error.items() if path in errors},
             "final_error": outcome.final_error[path], "best_step": outcome.best_step[path],
             "rested": outcome.rested.get(path), "steps": outcome.rested.get(path, outcome.steps),
             "extraction_seconds": outcome.extraction_seconds / len(edits),
             "cache_bytes": outcome.cache_bytes / len(edits),
+            "skipped_steps": outcome.skipped_steps, "loss": outcome.losses[path],
             "log": [line for line in (_only(line, path) for line in lines) if line],
         })  # fmt: skip
     if (code := run.stop_requested()) is not None:  # it came after the last step
         raise Interrupted(code, outcome.steps)
 
 
-def _result(
-    pipeline: Pipeline, config: DistillConfig, edits: Iterable[Edit], shelved: Mapping[str, Shelved]
-) -> DistillResult:
+# ---- what is said of it
+
+
+def _result(job: _Job, edits: Iterable[Edit], shelved: Mapping[str, Shelved]) -> DistillResult:
     """What stage 1 would say had it trained these operators in one pass."""
     records = {path: item.record for path, item in shelved.items()}
     kinds = sorted({kind for record in records.values() for kind in record["start_error"]})
     steps = max((record["steps"] for record in records.values()), default=0)
-    visits = steps * config.batch_size
+    visits = steps * job.config.batch_size
     return DistillResult(
         start_error={
             kind: {p: r["start_error"][kind] for p, r in records.items() if kind in r["start_error"]} for kind in kinds
@@ -223,11 +255,13 @@ def _result(
         best_step={path: record["best_step"] for path, record in records.items()},
         steps=steps,
         image_visits=visits,
-        flops=_flops(pipeline.teacher, config, edits, shelved, visits),
+        flops=_flops(job.pipeline.teacher, job.config, edits, shelved, visits),
         seconds=sum(record["seconds"] for record in records.values()),
         extraction_seconds=sum(record["extraction_seconds"] for record in records.values()),
         cache_bytes=round(sum(record["cache_bytes"] for record in records.values())),
         rested={path: record["rested"] for path, record in records.items() if record["rested"] is not None},
+        skipped_steps=max((record.get("skipped_steps", 0) for record in records.values()), default=0),
+        losses={path: record["loss"] for path, record in records.items() if "loss" in record},
     )  # fmt: skip
 
 

@@ -15,36 +15,40 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from grafting.data import DataSource
 from grafting.errors import CheckpointError
-from grafting.families import family_of
 from grafting.formats import weights
 from grafting.plain import canonical_json
+from grafting.training.circumstances import circumstances
 from grafting.training.compute import Compute
 from grafting.training.config import FinetuneConfig
 
-MOST_BYTES = 20 * 10**9  # of one teacher's answers; where they would take more, nothing is kept
-SHARE = 0.5  # of the free disk, likewise
+MOST_BYTES = 20 * 10**9  # of all answers in a folder; what would take more is not kept
+SHARE = 0.5  # of the free disk that the answers to one question may take
+
+
+# Of a batch's way into the teacher.
+_QUESTION = ("batch_size", "compile", "fraction", "label_dropout", "num_validation", "seed", "timesteps")
+
+
+def question(config: FinetuneConfig) -> dict[str, Any] | None:
+    """The settings that say what a student of one seed asks; None where it does not ask for predictions alone."""
+    if config.objectives.get("features") or not config.objectives.get("output"):
+        return None
+    return config.model_dump(mode="json", include=set(_QUESTION))
 
 
 def answers_of(
     folder: str | Path, teacher: nn.Module, data: DataSource, config: FinetuneConfig, compute: Compute
 ) -> Answers | None:
-    """The answers of `teacher` by all that they depend on; None for what asks it otherwise, or in several processes."""
-    from grafting import __version__
-
-    if compute.world > 1 or config.objectives.get("features") or not config.objectives.get("output"):
+    """What `teacher` answers, by all that it depends on; None where it is asked otherwise, or in several processes."""
+    asked = question(config)
+    if asked is None or compute.world > 1:
         return None
-    how = ("batch_size", "compile", "fraction", "label_dropout", "num_validation", "seed", "timesteps")
-    described = {
-        "package": __version__, "torch": torch.__version__, "device": compute.device.type,
-        "precision": compute.precision, "teacher": weights.combined_digest(weights.digests(teacher)),
-        "architecture": family_of(teacher).architecture(teacher), "data": data.content_hash,
-        "settings": config.model_dump(mode="json", include=set(how)),
-    }  # fmt: skip
+    known = circumstances(teacher, data.content_hash, compute.device.type, compute.precision)
+    described = {**known, "settings": asked}
     return Answers(folder, described, config.steps * config.batch_size)
 
 
@@ -57,22 +61,33 @@ class Answers:
         self._keeps: bool | None = None  # None: not known before the first answer
 
     def at(self, index: Tensor, ask: Callable[[], Tensor]) -> Tensor:
-        """The prediction [B, ...] for consecutive global sample numbers [B]; `ask` makes it, if it is not there."""
+        """The prediction [B, ...] for consecutive global sample numbers [B]; `ask` makes it, if it is not there.
+
+        On the CPU if it was there, else where `ask` makes it.
+        """
         path = self.folder / f"{int(index[0])}-{len(index)}.safetensors"
         if path.is_file():
-            with suppress(CheckpointError):  # a damaged one is asked for again
+            with suppress(CheckpointError, OSError):  # a damaged one is asked for again
                 return weights.read_safetensors(path)["prediction"]
         answer = ask()
+        size = answer.nbytes // len(index) * self.visits
         if self._keeps is None:
-            self._keeps = self._fits(answer.nbytes // len(index) * self.visits)
-        if self._keeps:
+            self._keeps = size <= min(MOST_BYTES - self._held(), SHARE * self._free())
+        if self._keeps and size <= self._free():  # others fill the disk too
             try:
-                weights.write_safetensors(path, {"prediction": answer})
-            except CheckpointError:  # a disk that is full is no reason to stop
+                weights.write_safetensors(path, {"prediction": answer}, lasting=False)
+            except CheckpointError:  # no room after all is no reason to stop
                 self._keeps = False
         return answer
 
-    def _fits(self, size: int) -> bool:
+    def _held(self) -> int:
+        """Bytes of answers to other questions in the same folder."""
+        return sum(
+            path.stat().st_size
+            for path in self.folder.parent.glob("*/*.safetensors")
+            if path.parent != self.folder
+        )
+
+    def _free(self) -> float:
         place = next((folder for folder in self.folder.parents if folder.is_dir()), None)
-        free = math.inf if place is None else shutil.disk_usage(place).free
-        return size <= min(MOST_BYTES, SHARE * free)
+        return math.inf if place is None else shutil.disk_usage(place).free

@@ -311,9 +311,10 @@ class _Stage:
         return found
 
     def _validate(self, step: int) -> None:
-        if not self.validation:
+        learning = {pupil.path: pupil.operator for pupil in self.pupils if pupil.rested_at is None}
+        if not self.validation or not learning:
             return
-        errors = self.errors()
+        errors = self.errors(learning)
         self.journal.log({"stage": STAGE, "step": step, "event": "validation", "error": errors})
         self._note_best(step, errors)
 

@@ -28,6 +28,7 @@ class Muon(torch.optim.Muon):
                 loss = closure()
         for group in self.param_groups:
             lr, momentum = float(group["lr"]), group["momentum"]
+            fast = multiplies_bf16_fast(group["params"][0].device)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -36,10 +37,8 @@ class Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
                 update = parameter.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
-                dtype = torch.bfloat16 if multiplies_bf16_fast(parameter.device) else torch.float32
-                update = orthogonalised(
-                    update.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
-                )
+                update = update.bfloat16() if fast else update.float()
+                update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 parameter.mul_(1 - lr * group["weight_decay"])
                 parameter.add_(update, alpha=-lr * _scale(group["adjust_lr_fn"], parameter))
         return loss
