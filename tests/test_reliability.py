@@ -114,13 +114,14 @@ def test_within_one_process_the_lock_is_shared_and_given_back_by_its_holder(tmp_
 )
 def test_whose_lock_is_honoured(tmp_path: Path, change: dict[str, Any], age: float, refused: bool) -> None:
     path = tmp_path / "run.lock"
-    path.write_text(owner(**change))
+    said = owner(**change)
+    path.write_text(said)
     then = time.time() - age
     os.utime(path, (then, then))
     if refused:
         with pytest.raises(RunError, match=r"in use by process.*its lock ends 90 s after"):
             FolderLock(tmp_path).acquire()
-        assert path.read_text() == owner(**change)
+        assert path.read_text() == said
     else:
         with FolderLock(tmp_path):
             assert locks.read_owner(tmp_path).is_this_process()  # type: ignore[union-attr]

@@ -106,13 +106,17 @@ def test_one_pass_of_the_teacher_serves_the_rows_of_an_operator(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first row distills what others put into further layers; every row ends where it would have alone."""
+
+    def row(name: str, plan: list[dict[str, Any]], **keys: Any) -> Row:
+        return Row(name, name, {"plan": plan, "finetune": None}, **keys)
+
     rows = [
-        Row("half", "half", {"plan": plan_of("mha", "swa", [1, 3])}),
-        Row("all", "all", {"plan": plan_of("mha", "swa", "all")}, rank=1),
-        Row("other", "another window", {"plan": plan_of("mha", {"swa": {"window": 2}}, "all")}, rank=1),
-        Row("seed", "another seed", {"plan": plan_of("mha", "swa", [0, 1])}, seed=1, rank=1),
-        Row("broken", "broken", {"plan": plan_of("mha", "swa", [99])}, rank=1),
-        Row("pairs", "pairs", {"plan": [{"parallelize": {"groups": "pairs"}}]}, rank=1),
+        row("half", plan_of("mha", "swa", [1, 3])),
+        row("all", plan_of("mha", "swa", "all"), rank=1),
+        row("other", plan_of("mha", {"swa": {"window": 2}}, "all"), rank=1),
+        row("seed", plan_of("mha", "swa", [0, 1]), seed=1, rank=1),
+        row("broken", plan_of("mha", "swa", [99]), rank=1),
+        row("pairs", [{"parallelize": {"groups": "pairs"}}], rank=1),
     ]
     study, given, passes = tiny_study(*rows), settings_of(world), []
     plain = stage_1.distill
@@ -301,9 +305,10 @@ def test_what_an_operator_depends_on_is_in_its_key(world: Path, tmp_path: Path) 
 def test_rows_share_what_the_teacher_predicts_and_the_last_clears_it_away(
     world: Path, tmp_path: Path
 ) -> None:
+    one = {**half(), "distill": None}
     rows = [
-        Row("one", "one", half()), Row("two", "two", {"plan": plan_of("mha", "swa", [0, 2])}, rank=1),
-        Row("seed", "another seed", half(), seed=1), Row("data", "less data", half(), share=0.05),
+        Row("one", "one", one), Row("two", "two", {**one, "plan": plan_of("mha", "swa", [0, 2])}, rank=1),
+        Row("seed", "another seed", one, seed=1), Row("data", "less data", one, share=0.05),
     ]  # fmt: skip
     study, folder, given = tiny_study(*rows), tmp_path / "study", settings_of(world)
     given = [text for text in given if not text.startswith("fraction")]

@@ -44,7 +44,7 @@ REAL_SIZE = ("paper", "paper-code")
 
 # Model, data and evaluation of the paper's experiments at either size.
 TESTBEDS: dict[str, dict[str, Any]] = {
-    "fashion": {"model": "dit-fashion", "data": "fashion-10", "sample": {"batch_size": "auto"}},
+    "fashion": {"model": "dit-fashion", "data": "fashion-10", "sample": {"batch_size": 20}},
     "imagenet": {
         "model": "facebook/DiT-XL-2-256",
         "data": "imagenet256-latents.safetensors",
