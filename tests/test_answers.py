@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from grafting import Replace, finetune, graft
 from grafting.data import ImageLabelDataset
+from grafting.errors import CheckpointError
 from grafting.families import family_of
 from grafting.training import answers
 from grafting.training.answers import Answers
@@ -171,9 +172,16 @@ def test_a_disk_that_others_fill_is_left_alone(tmp_path: Path, monkeypatch: pyte
         assert len(list(tmp_path.glob("*/*"))) == count
 
 
-def test_a_full_disk_stops_the_keeping_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [CheckpointError("can't write: No space left on device"), FileNotFoundError("cleared away")],
+    ids=repr,
+)
+def test_a_disk_that_fails_stops_the_keeping_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(*given: Any, **named: Any) -> None:
-        raise answers.CheckpointError("can't write: No space left on device")
+        raise error
 
     monkeypatch.setattr(answers.weights, "write_safetensors", full)
     kept = Answers(tmp_path, {}, visits=8)

@@ -28,7 +28,6 @@ from grafting.training.config import FinetuneConfig
 MOST_BYTES = 20 * 10**9  # of all answers in a folder; what would take more is not kept
 SHARE = 0.5  # of the free disk that the answers to one question may take
 
-
 # Of a batch's way into the teacher.
 _QUESTION = ("batch_size", "compile", "fraction", "label_dropout", "num_validation", "seed", "timesteps")
 
@@ -70,15 +69,22 @@ class Answers:
             with suppress(CheckpointError, OSError):  # a damaged one is asked for again
                 return weights.read_safetensors(path)["prediction"]
         answer = ask()
-        size = answer.nbytes // len(index) * self.visits
-        if self._keeps is None:
-            self._keeps = size <= min(MOST_BYTES - self._held(), SHARE * self._free())
-        if self._keeps and size <= self._free():  # others fill the disk too
-            try:
+        try:
+            if self._fits(answer.nbytes // len(index) * self.visits):
                 weights.write_safetensors(path, {"prediction": answer}, lasting=False)
-            except CheckpointError:  # no room after all is no reason to stop
-                self._keeps = False
+        except (
+            CheckpointError,
+            OSError,
+        ):  # no room after all, or another process clears up: no reason to stop
+            self._keeps = False
         return answer
+
+    def _fits(self, size: int) -> bool:
+        """Whether answers of `size` bytes in all may be kept: settled at the first, and while nobody fills the disk."""
+        free = self._free()
+        if self._keeps is None:
+            self._keeps = size <= min(MOST_BYTES - self._held(), SHARE * free)
+        return self._keeps and size <= free
 
     def _held(self) -> int:
         """Bytes of answers to other questions in the same folder."""
