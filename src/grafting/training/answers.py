@@ -72,11 +72,8 @@ class Answers:
         try:
             if self._fits(answer.nbytes // len(index) * self.visits):
                 weights.write_safetensors(path, {"prediction": answer}, lasting=False)
-        except (
-            CheckpointError,
-            OSError,
-        ):  # no room after all, or another process clears up: no reason to stop
-            self._keeps = False
+        except (CheckpointError, OSError):
+            self._keeps = False  # no room after all, or another process clears up: no reason to stop
         return answer
 
     def _fits(self, size: int) -> bool:
