@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from conftest import tiny_dit
+
+from grafting import save_model
 from grafting.console import Console
 from grafting.recipes.rows import Claim, Row, Study
 from grafting.recipes.table import plan_of
@@ -12,6 +16,16 @@ from grafting.recipes.table import plan_of
 QUIET = Console(quiet=True)
 QUICK = ["steps=3", "batch_size=8", "num_validation=4", "warmup=0", "log_every=1", "validate_every=1",
          "checkpoint_every=1", "precision=fp32"]  # fmt: skip
+
+
+def make_world(folder: Path) -> Path:
+    """A tiny teacher of 32 x 32 pixels, tiny data, and a reference."""
+    teacher = tiny_dit(input_size=32, patch_size=8, hidden_size=16, depth=4, num_heads=2, num_classes=10)
+    save_model(teacher, folder / "model")
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, size=(60, 32, 32, 1), dtype=np.uint8)
+    np.savez(folder / "data.npz", arr_0=images, arr_1=np.arange(60) % 10)
+    return folder
 
 
 def settings_of(world: Path) -> list[str]:

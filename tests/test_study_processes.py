@@ -11,14 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import tiny_dit
 from several import together
-from study_tools import QUIET, half, settings_of, tiny_study
+from study_tools import QUIET, half, make_world, settings_of, tiny_study
 
-from grafting import processes, save_model, studies
+from grafting import processes, studies
 from grafting.errors import CheckpointError, GraftError, RunError
 from grafting.processes import own_device
 from grafting.recipes.rows import Row
@@ -39,12 +37,7 @@ ROWS = (
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    teacher = tiny_dit(input_size=32, patch_size=8, hidden_size=16, depth=4, num_heads=2, num_classes=10)
-    save_model(teacher, folder / "model")
-    images = np.random.default_rng(0).integers(0, 256, size=(60, 32, 32, 1), dtype=np.uint8)
-    np.savez(folder / "data.npz", arr_0=images, arr_1=np.arange(60) % 10)
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def as_user(folder: Path, given: list[str], rows: tuple[Row, ...], resume: bool) -> tuple[str, bool, str]:

@@ -26,7 +26,7 @@ from grafting.training.loop import Interrupted
 from grafting.training.results import DistillResult
 
 STAGE = "distill"
-_TODO = "stage-1.json"  # in the row's folder: what it distills itself, so that a resumed row trains the same
+_NOTES = "stage-1.json"  # in the row's folder: what it distills itself, so that a resumed row trains the same
 Others = Callable[[], Sequence[GraftPlan]]
 
 
@@ -124,8 +124,8 @@ def _todo(
 ) -> tuple[list[str], list[Edit]]:
     """The sites that this row distills for itself, and what it distills for other rows: decided once."""
     run = job.pipeline.run
-    if (run.path / _TODO).is_file() and any((run.path / "checkpoints" / STAGE).glob("*.pt")):
-        known = weights.read_json(run.path / _TODO, "stage 1")
+    if (run.path / _NOTES).is_file() and any((run.path / "checkpoints" / STAGE).glob("*.pt")):
+        known = weights.read_json(run.path / _NOTES, "stage 1")
         besides = known.get("besides")
         return list(known.get("distills", [])), _edits(job, besides) if besides else []
     todo = [path for path, key in keys.items() if not job.shelf.has(key)]
@@ -138,7 +138,7 @@ def _note(job: _Job, todo: list[str], more: list[Edit], tries: Iterable[str]) ->
     """tries: keys of what is trained here for this row, or was tried here for others: they don't try it for others."""
     tried = sorted({*tries, *(job.keys(more) or {}).values()})
     said = {"distills": todo, "besides": [_alone(edit).to_dict() for edit in more], "tries": tried}
-    weights.write_json(job.pipeline.run.path / _TODO, said)
+    weights.write_json(job.pipeline.run.path / _NOTES, said)
 
 
 def _of_others(job: _Job, edits: tuple[Edit, ...], others: Sequence[GraftPlan]) -> list[Edit]:
@@ -166,7 +166,7 @@ def _of_others(job: _Job, edits: tuple[Edit, ...], others: Sequence[GraftPlan]) 
 def _tried_elsewhere(job: _Job) -> set[str]:
     """Keys of what another row trains, or has tried to."""
     own, tried = job.pipeline.run.path, set[str]()
-    for path in own.parent.glob(f"*/{_TODO}"):
+    for path in own.parent.glob(f"*/{_NOTES}"):
         if path.parent != own:
             try:
                 tried.update(weights.read_json(path, "stage 1").get("tries", []))
