@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from grafting import GraftPlan, Replace, distill, draws, finetune, graft, load_model
 from grafting.data import ImageLabelDataset
 from grafting.diffusion.process import tables
-from grafting.errors import RunError
+from grafting.errors import Interrupted, RunError
 from grafting.families import family_of
 from grafting.generation import generate
 from grafting.runs import RunFolder
 from grafting.training import acceleration, distillation, finetuning
 from grafting.training.acceleration import compiled, compiles, frozen_copy
 from grafting.training.compute import Compute
-from grafting.training.loop import Batches, Interrupted, step_index
+from grafting.training.loop import Batches, step_index
 
 # The tracer looks at .grad of inputs under a filter of its own, which warnings as errors go past.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")

@@ -19,7 +19,7 @@ from several import together
 
 from grafting import GraftPlan, Replace, distill, finetune, graft, processes
 from grafting.data import ImageLabelDataset
-from grafting.errors import GraftError, PeerError, RunError
+from grafting.errors import GraftError, Interrupted, PeerError, RunError
 from grafting.generation import generate
 from grafting.launch import launch, wanted
 from grafting.processes import Place, first_host, place
@@ -27,7 +27,7 @@ from grafting.runs import RunFolder
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
 from grafting.training.config import FinetuneConfig, settings
-from grafting.training.loop import Interrupted, Quiet
+from grafting.training.loop import Quiet
 
 PLAN = GraftPlan(
     [Replace("mha", [1, 3], "hyena_x"), Replace("mha", [2], "swa", {"window": 2}, init="random")]

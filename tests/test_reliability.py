@@ -17,13 +17,12 @@ from conftest import tiny_dit
 
 from grafting.console import Console
 from grafting.data import ImageLabelDataset
-from grafting.errors import CheckpointError, DivergedError, RunError
+from grafting.errors import CheckpointError, DivergedError, Interrupted, RunError
 from grafting.formats import weights
 from grafting.runs import FolderLock, RunFolder, run_status
 from grafting.runs import lock as locks
 from grafting.runs.metrics import MAX_LINES
 from grafting.runs.status import StatusFile
-from grafting.training.loop import Interrupted
 
 RECIPE = {"name": "x", "model": "m", "data": "d", "plan": [], "distill": {"steps": 10}, "finetune": None,
           "evaluate": None}  # fmt: skip

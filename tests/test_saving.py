@@ -17,9 +17,9 @@ from torch import nn
 
 from grafting import GraftPlan, Replace, distill, finetune, graft
 from grafting.data import ImageLabelDataset
-from grafting.errors import CheckpointError, DivergedError
+from grafting.errors import CheckpointError, DivergedError, Interrupted
 from grafting.runs import RunFolder
-from grafting.training.loop import Clock, Interrupted, Quiet
+from grafting.training.loop import Clock, Quiet
 from grafting.training.saving import CheckpointWriter, snapshot
 
 PATIENCE = 60.0

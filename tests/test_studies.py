@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from study_tools import QUIET, half, make_world, settings_of, tiny_study
 
-from grafting.errors import DivergedError, GraftError, RunError
+from grafting.errors import DivergedError, GraftError, Interrupted, RunError
 from grafting.pipeline import Pipeline
 from grafting.recipes import EXPERIMENTS, load_recipe
 from grafting.recipes.rows import Claim, Row, UnavailableError, row_recipe
@@ -21,7 +21,6 @@ from grafting.runs import RunFolder
 from grafting.studies import row_run, run_rows, run_study
 from grafting.studies.findings import HOLDS
 from grafting.studies.identity import identity_of
-from grafting.training.loop import Interrupted
 
 
 @pytest.fixture(scope="module")

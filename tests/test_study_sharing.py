@@ -16,7 +16,7 @@ import torch
 from study_tools import QUIET, half, make_world, settings_of, tiny_study
 
 from grafting import GraftPlan, distill, graft, load_model
-from grafting.errors import DivergedError, RunError
+from grafting.errors import DivergedError, Interrupted, RunError
 from grafting.pipeline import Pipeline
 from grafting.recipes import load_recipe
 from grafting.recipes.rows import Row
@@ -26,7 +26,6 @@ from grafting.studies import row_run, run_rows, stage_1
 from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 from grafting.surgery import edited_sites
-from grafting.training.loop import Interrupted
 
 
 @pytest.fixture(scope="module")

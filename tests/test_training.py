@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from grafting import GraftPlan, Replace, distill, finetune, graft
 from grafting.data import ImageLabelDataset
-from grafting.errors import DataError, DivergedError, GraftError, PlanError, RunError
+from grafting.errors import DataError, DivergedError, GraftError, Interrupted, PlanError, RunError
 from grafting.runs import RunFolder
-from grafting.training.loop import Interrupted
 
 
 @pytest.fixture(scope="module")

@@ -11,24 +11,28 @@ by light finetuning (arXiv 2506.05340). The user's story:
     grafting.save_graft(student, "my-graft")
 """
 
-from grafting import diffusion, operators
-from grafting.errors import (
-    CheckpointError,
-    DataError,
-    DivergedError,
-    GraftError,
-    OperatorError,
-    PlanError,
-    RunError,
-)
-from grafting.formats.graft_folder import load_graft, save_graft, save_model
-from grafting.loading import load_model
-from grafting.pipelines import load_pipeline, push_to_hub, save_pipeline
-from grafting.plan import GraftPlan, Parallelize, Prune, Replace
-from grafting.surgery import edited_sites, explain, graft
-from grafting.training.config import DistillConfig, FinetuneConfig
-from grafting.training.distillation import distill
-from grafting.training.finetuning import finetune
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grafting import diffusion, operators
+    from grafting.errors import (
+        CheckpointError,
+        DataError,
+        DivergedError,
+        GraftError,
+        OperatorError,
+        PlanError,
+        RunError,
+    )
+    from grafting.formats.graft_folder import load_graft, save_graft, save_model
+    from grafting.loading import load_model
+    from grafting.pipelines import load_pipeline, push_to_hub, save_pipeline
+    from grafting.plan import GraftPlan, Parallelize, Prune, Replace
+    from grafting.surgery import edited_sites, explain, graft
+    from grafting.training.config import DistillConfig, FinetuneConfig
+    from grafting.training.distillation import distill
+    from grafting.training.finetuning import finetune
 
 __version__ = "0.1.0"
 
@@ -61,3 +65,50 @@ __all__ = [
     "save_model",
     "save_pipeline",
 ]
+
+# Where each name lives. Loaded at first use: `graft --help` and a mistyped option wait for no torch.
+_HOMES = {
+    "CheckpointError": "grafting.errors",
+    "DataError": "grafting.errors",
+    "DivergedError": "grafting.errors",
+    "GraftError": "grafting.errors",
+    "OperatorError": "grafting.errors",
+    "PlanError": "grafting.errors",
+    "RunError": "grafting.errors",
+    "load_graft": "grafting.formats.graft_folder",
+    "save_graft": "grafting.formats.graft_folder",
+    "save_model": "grafting.formats.graft_folder",
+    "load_model": "grafting.loading",
+    "load_pipeline": "grafting.pipelines",
+    "push_to_hub": "grafting.pipelines",
+    "save_pipeline": "grafting.pipelines",
+    "GraftPlan": "grafting.plan",
+    "Parallelize": "grafting.plan",
+    "Prune": "grafting.plan",
+    "Replace": "grafting.plan",
+    "edited_sites": "grafting.surgery",
+    "explain": "grafting.surgery",
+    "graft": "grafting.surgery",
+    "DistillConfig": "grafting.training.config",
+    "FinetuneConfig": "grafting.training.config",
+    "distill": "grafting.training.distillation",
+    "finetune": "grafting.training.finetuning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name of the package, or one of its modules (`grafting.data`), at first use."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -51,3 +51,11 @@ class PeerError(GraftError):
     """Another process of the same run failed, was killed, or can't be reached any more."""
 
     exit_code = 137
+
+
+class Interrupted(Exception):
+    """A stage stopped on request after writing a checkpoint; `code` is the process's exit status."""
+
+    def __init__(self, code: int, step: int) -> None:
+        super().__init__(f"stopped at step {step} on request; --resume goes on from there")
+        self.code = code

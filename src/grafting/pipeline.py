@@ -19,7 +19,7 @@ from grafting.analysis.memory import StagePeak, gigabytes
 from grafting.console import Console
 from grafting.data import DataSource, load_dataset
 from grafting.data.text import CaptionDataset, CaptionSource
-from grafting.errors import RunError
+from grafting.errors import Interrupted, RunError
 from grafting.evaluation import compare, evaluate
 from grafting.evaluation.features import load_features
 from grafting.evaluation.measure import NUM_NEIGHBOURS, check_measures
@@ -44,7 +44,6 @@ from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig, seeded, settings
 from grafting.training.distillation import distill
 from grafting.training.finetuning import finetune
-from grafting.training.loop import Interrupted
 
 STAGES = ("synthesize", "graft", "distill", "finetune", "sample", "evaluate")
 OTHER_NOISE = 1_000_003  # added to the seed for the samples of the teacher that are a reference

@@ -23,11 +23,12 @@ def new_console(quiet: bool = False) -> Any:
 def spread(processes: int, device: str, precision: str = "fp32") -> Compute:
     """Start this command in several processes and end with their status; or be one of several that meets the others."""
     from grafting.launch import launch, wanted
-    from grafting.loading import as_device
-    from grafting.training.compute import make_compute
 
     if wanted(processes):
         raise SystemExit(launch(sys.argv[1:], processes))
+    from grafting.loading import as_device
+    from grafting.training.compute import make_compute
+
     return make_compute(as_device(device), precision)
 
 

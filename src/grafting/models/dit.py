@@ -156,7 +156,12 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_rows, width)
+        # On the meta device even drawing nothing loads PyTorch's compiler, which takes seconds.
+        self.embedding_table = (
+            nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)
+            if torch.get_default_device().type == "meta"
+            else nn.Embedding(num_rows, width)
+        )
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -258,7 +263,8 @@ class DiT(nn.Module):
         # Which blocks of the unedited model each of `blocks` holds: surgery may group blocks or drop some.
         self.layout = tuple((layer,) for layer in range(config.depth))
         self.final_layer = FinalLayer(config, self.out_channels)
-        self._initialize()
+        if device.type != "meta":
+            self._initialize()
 
     def _initialize(self) -> None:
         """adaLN-Zero: every block starts as the identity and the output at zero (section 3.2)."""

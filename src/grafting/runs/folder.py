@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grafting.console import Console
-from grafting.errors import CheckpointError, GraftError, RunError
+from grafting.errors import CheckpointError, GraftError, Interrupted, RunError
 from grafting.evaluation.samples import to_uint8
 from grafting.formats import weights
 from grafting.formats.graft_folder import is_graft_folder, load_graft, save_graft
@@ -33,7 +33,6 @@ from grafting.runs.machine import environment
 from grafting.runs.metrics import MetricsLog, plain_json
 from grafting.runs.status import StatusFile
 from grafting.runs.trackers import Trackers
-from grafting.training.loop import Interrupted
 from grafting.yaml_io import dump_yaml, load_yaml
 
 VERSION = 2  # 1: a stage's seed of 0 was the run's

@@ -19,7 +19,7 @@ import torch
 
 from grafting import processes
 from grafting.console import Console
-from grafting.errors import GraftError, InUseError, RunError
+from grafting.errors import GraftError, Interrupted, InUseError, RunError
 from grafting.formats import weights
 from grafting.recipes.rows import Row, Study, UnavailableError
 from grafting.report.study import write_study
@@ -28,7 +28,6 @@ from grafting.studies.collect import collect
 from grafting.studies.row_run import Setting, check_row, run_row
 from grafting.studies.share import Launch, alone_in, is_at_work, take
 from grafting.studies.sources import check_sources
-from grafting.training.loop import Interrupted
 
 _PATIENCE = 600.0  # seconds to wait for another process that writes the page
 

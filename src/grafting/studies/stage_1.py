@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grafting.errors import CheckpointError, GraftError, RunError
+from grafting.errors import CheckpointError, GraftError, Interrupted, RunError
 from grafting.families import family_of
 from grafting.formats import weights
 from grafting.pipeline import Pipeline
@@ -22,7 +22,6 @@ from grafting.training.circumstances import circumstances
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, seeded
 from grafting.training.distillation import distill
-from grafting.training.loop import Interrupted
 from grafting.training.results import DistillResult
 
 STAGE = "distill"

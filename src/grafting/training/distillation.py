@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from grafting import operators
 from grafting.data import DataSource, as_data
 from grafting.depth import open_groups
-from grafting.errors import DivergedError, PlanError, RunError
+from grafting.errors import DivergedError, Interrupted, PlanError, RunError
 from grafting.families import Family, Tap
 from grafting.plan import Parallelize, Replace
 from grafting.surgery import edited_groups, edited_sites, record_of
@@ -33,7 +33,6 @@ from grafting.training.loop import (
     Batch,
     Batches,
     Clock,
-    Interrupted,
     Journal,
     Quiet,
     agreed,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grafting import draws
 from grafting.data import DataSource, as_data
 from grafting.diffusion import loss_from_output, sample
-from grafting.errors import DivergedError, PlanError, RunError
+from grafting.errors import DivergedError, Interrupted, PlanError, RunError
 from grafting.families import Family
 from grafting.lora import is_lora
 from grafting.training.acceleration import compiled, frozen_copy
@@ -28,7 +28,6 @@ from grafting.training.loop import (
     Batch,
     Batches,
     Clock,
-    Interrupted,
     Journal,
     Quiet,
     agreed,

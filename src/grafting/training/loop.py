@@ -24,14 +24,6 @@ from grafting.training.config import Optimization
 Never: Callable[[], int | None] = lambda: None  # noqa: E731
 
 
-class Interrupted(Exception):
-    """A stage stopped on request after writing a checkpoint; `code` is the process's exit status."""
-
-    def __init__(self, code: int, step: int) -> None:
-        super().__init__(f"stopped at step {step} on request; --resume goes on from there")
-        self.code = code
-
-
 class Journal(Protocol):
     """Where a stage reports to and keeps its state. A run folder is one; `Quiet` keeps nothing.
 
