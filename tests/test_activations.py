@@ -286,7 +286,7 @@ def test_auto_of_a_whole_target(model: nn.Module, data: ImageLabelDataset) -> No
 def test_a_resumed_stage_keeps_the_losses_it_chose(
     model: nn.Module, data: ImageLabelDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grafting.training.loop import Interrupted
+    from grafting.errors import Interrupted
 
     run = RunFolder.create(tmp_path / "run", {"name": "r"}, None)
     student = graft(model, auto_plan())

@@ -15,7 +15,7 @@ from grafting.benchmarks import run_benchmark
 from grafting.console import Console
 from grafting.data import ImageLabelDataset
 from grafting.entries import Prune
-from grafting.errors import GraftError, PlanError
+from grafting.errors import GraftError, Interrupted, PlanError
 from grafting.families import Tap, family_of
 from grafting.pipeline import Pipeline
 from grafting.recipes import load_recipe, recipe_mapping
@@ -29,7 +29,7 @@ from grafting.studies.shelf import Shelf
 from grafting.studies.stage_1 import shared_stage_1
 from grafting.training.config import FinetuneConfig
 from grafting.training.initialization import ReadoutFit
-from grafting.training.loop import Batches, Interrupted, Quiet, family_and_model, learning_rate, step_index
+from grafting.training.loop import Batches, Quiet, family_and_model, learning_rate, step_index
 from grafting.training.objectives import mixed_loss
 from grafting.training.trained import trained_parameters
 

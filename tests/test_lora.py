@@ -253,7 +253,8 @@ def test_checkpointing_gives_the_same_weights(teacher: nn.Module) -> None:
 
 def test_a_run_with_adapters_resumes(tmp_path: Path) -> None:
     """Stopped in stage 2 and gone on with: the same adapters and operators."""
-    from grafting.training.loop import Interrupted, Quiet
+    from grafting.errors import Interrupted
+    from grafting.training.loop import Quiet
 
     class Stopping(Quiet):
         kept: dict[str, Any] | None = None

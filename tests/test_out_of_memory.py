@@ -156,6 +156,25 @@ def test_a_stage_that_will_hardly_fit_is_said_before_any_work(
     assert said(tmp_path, monkeypatch, memory, **cut)[0] == ""
 
 
+def test_a_stage_says_what_it_needs_where_it_may_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, text = tiny_pipeline(tmp_path), io.StringIO()
+    run.run.console = Console(text)
+    monkeypatch.setattr(needs, "total_bytes", lambda device: 10**9)
+    run.distill()
+    assert "needs about" not in text.getvalue()
+    parts = needs.expected(run.recipe, "finetune", run.teacher, torch.device("cpu"), 1)
+    assert parts is not None
+    monkeypatch.setattr(needs, "total_bytes", lambda device: 2 * parts["total"])
+    run.finetune()
+    assert f"finetune: needs about {gigabytes(parts['total'])} of memory (weights " in text.getvalue()
+    found = {
+        stage: (run.run.result(stage) or {})["memory"]["estimated_bytes"] for stage in ("distill", "finetune")
+    }
+    assert found == {"distill": None, "finetune": parts["total"]}
+
+
 @pytest.mark.parametrize("stage", ["distill", "finetune", "sample"])
 def test_the_bound_is_above_the_count(tmp_path: Path, stage: str) -> None:
     for recipe in (load_recipe(tiny_recipe(tmp_path)), load_recipe("demo"), load_recipe("demo-text")):

@@ -14,13 +14,13 @@ from tiny_runs import tiny_pipeline, tiny_recipe
 
 from grafting import load_graft
 from grafting.console import Console
-from grafting.errors import RunError
+from grafting.errors import Interrupted, RunError
 from grafting.formats import weights
 from grafting.recipes import load_recipe
 from grafting.recipes.settings import FREE_KEYS
 from grafting.runs import RunFolder, checkpoints
 from grafting.training.finetuning import _Stage
-from grafting.training.loop import Interrupted, load_checkpoint
+from grafting.training.loop import load_checkpoint
 
 OBJECTIVES = {"diffusion": 1.0, "output": 1.0, "features": 0.1}  # those that a batch could be cut wrongly for
 OTHER: dict[str, dict[str, Any]] = {  # of every stage, what changes its result by rounding at most

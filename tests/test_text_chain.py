@@ -74,8 +74,7 @@ def test_from_prompts_to_an_uploaded_pipeline(
     stages = json.loads((run / "run.json").read_text())["stages"]
     assert (stages["distill"]["steps"], stages["finetune"]["steps"]) == (4, 3)
     for stage in ("distill", "finetune"):
-        memory = stages[stage]["memory"]
-        assert memory["peak_bytes"] > memory["estimated_bytes"] > 0  # the process has Python in it, too
+        assert stages[stage]["memory"]["peak_bytes"] > 0
     assert json.loads((run / "graft" / "graft.json").read_text())["lora"]["rank"] == 2
     drawn = np.load(run / "samples" / "student.npz")["arr_0"]
     assert drawn.shape == (4, 16, 24, 3)

@@ -55,15 +55,20 @@ def expected(
         return None
 
 
+def surely_fits(recipe: Recipe, stage: str, teacher: nn.Module, device: torch.device, processes: int) -> bool:
+    """Whether a stage takes far less memory than a process has, by a bound that costs nothing (a count: seconds)."""
+    share = _share(device, processes)
+    return share is not None and _bound(recipe, stage, teacher, processes) < SURE * share
+
+
 def shortages(recipe: Recipe, teacher: nn.Module, device: torch.device, processes: int) -> Iterator[str]:
     """Of each stage of a recipe that the device has too little memory for, by the estimate: a line that says so."""
-    memory = total_bytes(device)
-    if memory is None:
+    memory, share = total_bytes(device), _share(device, processes)
+    if memory is None or share is None:
         return
-    share = memory // processes if device.type == "cpu" else memory
     stages = {"distill": recipe.distill, "finetune": recipe.finetune, "sample": recipe.sample}
     for stage in [name for name, config in stages.items() if config is not None]:
-        if _bound(recipe, stage, teacher, processes) < SURE * share:
+        if surely_fits(recipe, stage, teacher, device, processes):
             continue
         parts = expected(recipe, stage, teacher, device, processes)
         if parts is not None and parts["total"] > share:
@@ -99,6 +104,12 @@ def _size_of_pass(recipe: Recipe, stage: str, processes: int) -> int:
         )  # auto: the least that it needs
     tune = recipe.finetune or FinetuneConfig()
     return samples_per_pass(tune if stage == "finetune" else recipe.distill or DistillConfig(), processes)
+
+
+def _share(device: torch.device, processes: int) -> int | None:
+    """Bytes of memory for each process, where they are known: all processes of a run share that of the machine."""
+    memory = total_bytes(device)
+    return memory // processes if memory is not None and device.type == "cpu" else memory
 
 
 def _bound(recipe: Recipe, stage: str, teacher: nn.Module, processes: int) -> int:

@@ -30,7 +30,7 @@ from grafting.formats import weights
 from grafting.formats.graft_folder import load_graft, save_graft
 from grafting.generation import generate
 from grafting.loading import as_device, load_model, pretraining_visits
-from grafting.needs import expected, remedies, shortages
+from grafting.needs import expected, remedies, shortages, surely_fits
 from grafting.out_of_memory import explained
 from grafting.parts import remove_parts
 from grafting.recipes import Recipe
@@ -270,8 +270,9 @@ class Pipeline:
         return result
 
     def _expect(self, stage: str) -> int | None:
-        """Say what memory a stage will take; bytes, or None where it can't be counted."""
-        parts = expected(self.recipe, stage, self.teacher, self.compute.device, self.compute.world)
+        """Say what memory a stage will take; bytes, or None where it can't be counted or would not matter."""
+        given = (self.recipe, stage, self.teacher, self.compute.device, self.compute.world)
+        parts = None if surely_fits(*given) else expected(*given)
         if parts is None:
             return None
         said = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if name != "total")

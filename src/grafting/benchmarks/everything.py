@@ -47,6 +47,7 @@ _TINY: dict[str, dict[str, Any]] = {
     },
     "sample": {"size": "S/8-D2", "batch_size": 2, "steps": 2, "repeats": 1, "mode": "eager"},
     "depth": {"size": "S/8-D2", "batch_size": 1, "repeats": 1, "mode": "eager"},
+    "stage1-memory": {"size": "DiT-S/8-D28"},
 }
 
 
@@ -65,8 +66,10 @@ def bench_all(*, device: str = "cpu", size: str = "real") -> dict[str, Any]:
     results: list[dict[str, Any]] = []
     for what, given in JOBS["cuda" if size == "tiny" else kind if kind in JOBS else "cpu"]:
         options = dict(given)
-        if what in _TINY:
-            options |= {"device": device, **(_TINY[what] if size == "tiny" else {})}
+        if size == "tiny":
+            options |= _TINY[what]
+        if what != "stage1-memory":
+            options["device"] = device
             if size == "tiny" and kind == "cpu":
                 options["dtype"] = "float32"
         started = time.perf_counter()
