@@ -57,11 +57,10 @@ def rehearse(
     """
     recipe = pipeline.recipe
     missing: list[str] = []
-    teacher = _teacher(pipeline, missing)
+    teacher = teacher_of(pipeline, missing)
     explanation = explain(teacher, recipe.graft_plan, recipe.locality)
     costs = plan_cost(teacher, explanation.plan)
-    _check_data(pipeline, teacher, missing)
-    _check_evaluation(pipeline, teacher, missing)
+    check_inputs(pipeline, teacher, missing)
     device = torch.device(pipeline.device)
     bare = estimate.meta_copy(teacher)
     notes: list[str] = []
@@ -91,7 +90,7 @@ def rehearse(
     }
 
 
-def _teacher(pipeline: Pipeline, missing: list[str]) -> nn.Module:
+def teacher_of(pipeline: Pipeline, missing: list[str]) -> nn.Module:
     """The recipe's model, without weights where it has none here."""
     source, heads = pipeline.recipe.model, pipeline.recipe.num_heads
     if source.startswith("arch:"):
@@ -105,6 +104,12 @@ def _teacher(pipeline: Pipeline, missing: list[str]) -> nn.Module:
         f"the weights of {source!r} are not here, and its name does not say which architecture they are of; "
         f"for an estimate without them give --set model=arch:DiT-XL/2{' and leave out num_heads' if heads else ''}"
     )
+
+
+def check_inputs(pipeline: Pipeline, teacher: nn.Module, missing: list[str]) -> None:
+    """Data, reference and features: what is not here is `missing`. Raises GraftError for what can't be used."""
+    _check_data(pipeline, teacher, missing)
+    _check_evaluation(pipeline, teacher, missing)
 
 
 def _check_data(pipeline: Pipeline, teacher: nn.Module, missing: list[str]) -> None:
@@ -247,7 +252,7 @@ def in_words(found: Mapping[str, Any]) -> Iterator[str]:
         parts = ", ".join(
             f"{name} {gigabytes(size)}" for name, size in needs["memory"].items() if name != "total"
         )
-        yield f"  {stage} ({needs['precision']}): {_duration(needs['seconds'])}, {gigabytes(total)} ({parts})"
+        yield f"  {stage} ({needs['precision']}): {in_time(needs['seconds'])}, {gigabytes(total)} ({parts})"
         if memory and total > memory:
             yield f"  {stage} does not fit: {needs['remedy']}"
     if not found["stages"]:
@@ -261,7 +266,8 @@ def in_words(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"note: {note}"
 
 
-def _duration(seconds: float) -> str:
+def in_time(seconds: float) -> str:
+    """Seconds in the unit that a person would say."""
     minutes = seconds / 60
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -270,4 +276,4 @@ def _duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes < 2880 else f"{minutes / 1440:.1f} days"
 
 
-__all__ = ["ARCHITECTURES", "in_words", "rehearse"]
+__all__ = ["ARCHITECTURES", "check_inputs", "in_time", "in_words", "rehearse", "teacher_of"]

@@ -222,11 +222,9 @@ def finetune_seconds(
     return config.steps * (passes * config.batch_size / processes + update) + held_out * pace.forward
 
 
-def sample_seconds(
-    watch: Stopwatch, teacher: nn.Module, student: nn.Module, *, num: int, steps: int, guidance: float
-) -> float:
-    """Seconds of sampling both models; decoding latents is not in it."""
-    forward = watch.model(teacher).forward + watch.model(student).forward
+def sample_seconds(watch: Stopwatch, *models: nn.Module, num: int, steps: int, guidance: float) -> float:
+    """Seconds of sampling `num` images of each model; decoding latents is not in it."""
+    forward = sum(watch.model(model).forward for model in models)
     return num * steps * (1 if guidance == 1 else 2) * forward
 
 

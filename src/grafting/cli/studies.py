@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import new_console
-from grafting.cli.options import Device, Dtype, Resume, Seed, Set
+from grafting.cli.common import emit, new_console
+from grafting.cli.options import Device, Dtype, Json, Resume, Seed, Set
 
 
 @app.command()
@@ -24,14 +24,31 @@ def study(
     reuse: Annotated[
         list[Path] | None, typer.Option(help="Folder of another study whose equal rows are taken over; repeatable.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long; do nothing.")] = False,
+    json_: Json = False,
     resume: Resume = False, set: Set = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Run a set of experiments; finished rows are never run again."""
-    from grafting.studies import run_study
+    from grafting.errors import GraftError
+    from grafting.studies import rehearse_study, run_study
 
     given = {"data": data, "preset": preset, "dtype": dtype}
     changes = [f"{key}={value}" for key, value in given.items() if value is not None]
     folder = out or Path("runs") / f"study-{name}"
+    if dry_run:
+        from grafting.studies.rehearsal import in_words
+
+        found = rehearse_study(
+            name, folder, model=model, seed=seed, only=only, device=device, changes=[*changes, *(set or [])], jobs=jobs,
+            reuse=reuse or [],
+        )  # fmt: skip
+        if json_:
+            emit(found)
+        else:
+            print("\n".join(in_words(found)))
+        return
+    if json_:
+        raise GraftError("--json is for --dry-run: a study writes study.json")
     console = new_console()
     page = run_study(
         name, folder, console, model=model, resume=resume, seed=seed, only=only, device=device,

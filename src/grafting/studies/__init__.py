@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from grafting.console import Console
 from grafting.errors import RunError
@@ -13,7 +14,7 @@ from grafting.recipes.rows import Claim, Row, Study, UnavailableError
 from grafting.studies.ablation import DEMO_ABLATION
 from grafting.studies.donor_init import NAME as DONOR_INIT
 from grafting.studies.donor_init import run_donor_init
-from grafting.studies.runner import run_rows
+from grafting.studies.runner import dry_rows, run_rows
 from grafting.studies.share import Launch
 
 STUDIES: dict[str, Study] = {
@@ -51,4 +52,32 @@ def run_study(
     )  # fmt: skip
 
 
-__all__ = ["NAMES", "STUDIES", "Claim", "Row", "Study", "UnavailableError", "run_rows", "run_study"]
+def rehearse_study(
+    name: str, out: str | Path, *, model: str | None = None, seed: int = 0, only: list[str] | None = None,
+    device: str = "cpu", changes: list[str] | None = None, jobs: int = 1, reuse: Sequence[Path] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """What `run_study` would do, how long that would take and what is missing; writes nothing. Raises GraftError."""
+    if name not in STUDIES:
+        known = f"expected one of {', '.join(STUDIES)}"
+        raise RunError(
+            f"study {name!r} has no rows to look at: {known}"
+            if name == DONOR_INIT
+            else f"unknown study {name!r}: {known}"
+        )
+    return dry_rows(
+        STUDIES[name], Path(out), model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,
+        reuse=reuse,
+    )  # fmt: skip
+
+
+__all__ = [
+    "NAMES",
+    "STUDIES",
+    "Claim",
+    "Row",
+    "Study",
+    "UnavailableError",
+    "rehearse_study",
+    "run_rows",
+    "run_study",
+]

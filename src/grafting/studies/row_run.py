@@ -156,7 +156,7 @@ def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
     Raises UnavailableError (it needs what was not given), GraftError (it failed), Interrupted.
     """
     recipe = setting.recipe(row)
-    if _lacks_locality(recipe):
+    if lacks_locality(recipe):
         recipe = recipe.model_copy(update={"locality": _locality(setting, recipe, console)})
     path = setting.row_folder(row.name)
     identity = identity_of(row, recipe)
@@ -185,7 +185,7 @@ def check_row(setting: Setting, row: Row) -> None:
         raise RunError(f"study {setting.study.name!r} compares samples; leave evaluate as it is")
     if not setting.result_file(row.name).is_file():
         return
-    if _lacks_locality(recipe) and (file := _locality_file(setting)).is_file():
+    if lacks_locality(recipe) and (file := _locality_file(setting)).is_file():
         recipe = recipe.model_copy(update={"locality": str(file)})
     check_identity(setting.row_folder(row.name), identity_of(row, recipe), row.name)
 
@@ -234,26 +234,32 @@ def _others(setting: Setting, row: Row) -> Iterator[tuple[Row, Recipe]]:
 
 def _same_stage_1(setting: Setting, row: Row, recipe: Recipe) -> list[GraftPlan]:
     """Plans of the rows that wait to be done and are like this one, plans apart, up to the end of stage 1."""
-    own = _without(recipe, *_NOT_OF_STAGE_1)
+    own = of_stage_1(recipe)
     return [
         theirs.graft_plan
         for other, theirs in _others(setting, row)
         if not setting.result_file(other.name).is_file()
         and not is_at_work(setting.row_folder(other.name))
-        and (recipe.locality is not None or not _lacks_locality(theirs))
-        and _without(theirs, *_NOT_OF_STAGE_1) == own
+        and (recipe.locality is not None or not lacks_locality(theirs))
+        and of_stage_1(theirs) == own
     ]
 
 
 def _shares_answers(setting: Setting, row: Row, recipe: Recipe) -> bool:
     """Whether another row puts the same questions to the teacher in stage 2."""
-
-    def asked(one: Recipe) -> tuple[Any, ...] | None:
-        said = question(seeded(one.finetune, one.seed)) if one.finetune is not None else None
-        return None if said is None else (said, _without(one, *_NOT_OF_STAGE_1, "distill"))
-
     own = asked(recipe)
     return own is not None and any(asked(theirs) == own for _, theirs in _others(setting, row))
+
+
+def asked(recipe: Recipe) -> tuple[Any, ...] | None:
+    """What a row asks the teacher in stage 2; rows with the same here share the answers. None: it shares none."""
+    said = question(seeded(recipe.finetune, recipe.seed)) if recipe.finetune is not None else None
+    return None if said is None else (said, _without(recipe, *_NOT_OF_STAGE_1, "distill"))
+
+
+def of_stage_1(recipe: Recipe) -> dict[str, Any]:
+    """What rows that share distilled operators have in common: all up to the end of stage 1, but for the plan."""
+    return _without(recipe, *_NOT_OF_STAGE_1)
 
 
 def _without(recipe: Recipe, *keys: str) -> dict[str, Any]:
@@ -320,7 +326,8 @@ def _sample(model: Any, recipe: Recipe, file: Path, console: Console) -> None:
     )  # fmt: skip
 
 
-def _lacks_locality(recipe: Recipe) -> bool:
+def lacks_locality(recipe: Recipe) -> bool:
+    """Whether a recipe chooses layers by a locality that it has not been given."""
     entries = [entry["replace"] for entry in recipe.plan if "replace" in entry]
     return recipe.locality is None and any(needs_locality(entry["layers"]) for entry in entries)
 
@@ -362,4 +369,4 @@ def _take_over(setting: Setting, path: Path, name: str, identity: Mapping[str, A
     return None
 
 
-__all__ = ["Setting", "check_row", "distance_of", "run_row"]
+__all__ = ["Setting", "asked", "check_row", "distance_of", "lacks_locality", "of_stage_1", "run_row"]

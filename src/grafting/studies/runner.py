@@ -25,6 +25,7 @@ from grafting.recipes.rows import Row, Study, UnavailableError
 from grafting.report.study import write_study
 from grafting.runs import FolderLock
 from grafting.studies.collect import collect
+from grafting.studies.rehearsal import rehearse_rows
 from grafting.studies.row_run import Setting, check_row, run_row
 from grafting.studies.share import Launch, alone_in, is_at_work, take
 from grafting.studies.sources import check_sources
@@ -44,17 +45,10 @@ def run_rows(
     operators are taken over. Of several processes of one launch each does rows for itself; they form no group.
     Raises RunError when every other row is done, if a row failed; of several processes of a launch, the last to end.
     """
-    rows = [study.row(name) for name in only] if only else list(study.rows)
-    rows = sorted(rows, key=lambda row: row.rank)
     folder = Path(folder)
-    setting = Setting.of(
-        study, folder, model=model, seed=seed, device=device, changes=changes, reuse=reuse, wanted=rows
+    setting, rows = _wanted(
+        study, folder, only, jobs, model=model, seed=seed, device=device, changes=changes, reuse=reuse
     )
-    if not 1 <= jobs <= 256:
-        raise RunError(f"--jobs {jobs}: expected 1 to 256 rows at a time")
-    for other in reuse:
-        if not (other / "shared").is_dir():
-            raise RunError(f"--reuse {str(other)!r}: no folder of a study (it has no shared/)")
     check_sources(setting, rows)
     for row in study.rows:  # all, so that the table has one protocol whatever --only names
         with contextlib.suppress(UnavailableError):
@@ -87,6 +81,31 @@ def run_rows(
             f"{folder / 'failures'} and on {page}; the same command with --resume tries them again"
         )
     return page
+
+
+def dry_rows(
+    study: Study, folder: Path, *, model: str | None = None, seed: int = 0, only: list[str] | None = None,
+    device: str = "cpu", changes: list[str] | None = None, jobs: int = 1, reuse: Sequence[Path] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """What `run_rows` would do, as `rehearse_rows` says it; writes nothing."""
+    setting, rows = _wanted(
+        study, Path(folder), only, jobs, model=model, seed=seed, device=device, changes=changes, reuse=reuse
+    )
+    return rehearse_rows(setting, rows, jobs)
+
+
+def _wanted(
+    study: Study, folder: Path, only: Sequence[str] | None, jobs: int, *, reuse: Sequence[Path], **given: Any
+) -> tuple[Setting, list[Row]]:
+    """The rows that are to be done, in their order, and what they share. Raises RunError."""
+    rows = sorted([study.row(name) for name in only] if only else study.rows, key=lambda row: row.rank)
+    setting = Setting.of(study, folder, reuse=reuse, wanted=rows, **given)
+    if not 1 <= jobs <= 256:
+        raise RunError(f"--jobs {jobs}: expected 1 to 256 rows at a time")
+    for other in reuse:
+        if not (other / "shared").is_dir():
+            raise RunError(f"--reuse {str(other)!r}: no folder of a study (it has no shared/)")
+    return setting, rows
 
 
 def _page(setting: Setting) -> Path:
