@@ -49,7 +49,8 @@ def test_every_name_is_where_the_package_says() -> None:
     assert set(grafting._HOMES) | {"diffusion", "operators"} == set(grafting.__all__) <= set(dir(grafting))
     assert grafting.data.load_dataset  # a module nobody has imported by name
     with pytest.raises(AttributeError, match=r"^module 'grafting' has no attribute 'grft'$"):
-        grafting.grft  # noqa: B018
+        grafting.grft  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(grafting, "__main__")  # importing it would run the command
 
 
 def test_a_module_that_wants_another_is_not_said_to_be_missing_itself(
@@ -60,4 +61,4 @@ def test_a_module_that_wants_another_is_not_said_to_be_missing_itself(
 
     monkeypatch.setattr(grafting.importlib, "import_module", import_module)
     with pytest.raises(ModuleNotFoundError, match="triton"):
-        grafting.something  # noqa: B018
+        grafting.something  # type: ignore[attr-defined]  # noqa: B018

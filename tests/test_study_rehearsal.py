@@ -23,6 +23,7 @@ from grafting.recipes.rows import Row, Study
 from grafting.recipes.table import plan_of
 from grafting.runs import RunFolder
 from grafting.studies import rehearse_study, run_rows
+from grafting.studies.identity import identity_of, record_identity
 from grafting.studies.rehearsal import _span, in_words
 from grafting.studies.row_run import Setting
 from grafting.studies.runner import dry_rows
@@ -43,6 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _a_stopwatch_that_always_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace.Stopwatch, "_measure", lambda *_: pace.Pace(FORWARD, BOTH))
     monkeypatch.setattr(pace.Stopwatch, "update", lambda *_: 0.0)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
 
 
 def rehearsed(study: Study, world: Path, folder: Path, *changes: str, **options: Any) -> dict[str, Any]:
@@ -91,6 +93,8 @@ def test_what_rows_share_is_counted_once(world: Path, tmp_path: Path) -> None:
     work = sum(sum(stages.values()) for stages in times.values())
     assert found["work_seconds"] == pytest.approx(work)
     assert work / 2 <= found["elapsed_seconds"] < work
+    more = rehearsed(study, world, tmp_path / "out", *output, jobs=8)  # than the machine has cores
+    assert more["elapsed_seconds"] == pytest.approx(found["elapsed_seconds"])
     assert any(line.startswith("more ") and "stage 1" not in line for line in in_words(found))
 
 
@@ -106,35 +110,75 @@ def test_rows_that_ask_otherwise_share_nothing(world: Path, tmp_path: Path) -> N
     assert times["features"]["distill"] == 0  # the same up to there
 
 
+def test_more_visits_than_were_answered_ask_the_teacher(world: Path, tmp_path: Path) -> None:
+    longer = Row("longer", "Three times", half(), times={"finetune.steps": 3.0})
+    output = "finetune.objectives={output: 1.0}"
+    times = seconds_of(rehearsed(tiny_study(HALF, longer, HALF), world, tmp_path, output))
+    alone = seconds_of(rehearsed(tiny_study(longer), world, tmp_path, output))["longer"]["finetune"]
+    again = seconds_of(rehearsed(tiny_study(longer, HALF), world, tmp_path, output))["half"]["finetune"]
+    asked = seconds_of(rehearsed(tiny_study(HALF), world, tmp_path, output))["half"]["finetune"] - again
+    assert asked > 0
+    assert times["longer"]["finetune"] == pytest.approx(alone - asked)
+
+
 def test_what_is_done_is_not_done_again(world: Path, tmp_path: Path) -> None:
-    study = tiny_study(HALF, OTHER)
-    run_rows(study, tmp_path, QUIET, only=["half"], changes=settings_of(world))
-    setting = Setting.of(study, tmp_path, model=None, seed=0, device="cpu", changes=settings_of(world))
+    study = tiny_study(Row("teacher", "Teacher", {}, teacher="as it is"), HALF, MORE, OTHER)
+    fresh = rehearsed(study, world, tmp_path / "none")
+    folder = tmp_path / "study"
+    run_rows(study, folder, QUIET, only=["teacher", "half"], changes=settings_of(world))
+    setting = Setting.of(study, folder, model=None, seed=0, device="cpu", changes=settings_of(world))
     recipe = setting.recipe(OTHER)
     begun = Pipeline(recipe, RunFolder.create(setting.row_folder("other"), recipe.to_dict(), QUIET))
     begun.graft()
     begun.distill()
-    found = rehearsed(study, world, tmp_path)
+    record_identity(setting.row_folder("other"), identity_of(OTHER, recipe), "other")
+
+    found = rehearsed(study, world, folder)
     assert [(row["state"], sorted(row.get("seconds", {}))) for row in found["rows"]] == [
-        ("done", []), ("to do", ["finetune", "sample"]),
+        ("done", []), ("done", []), ("to do", ["distill", "finetune", "sample"]), ("to do", ["finetune", "sample"]),
     ]  # fmt: skip
-    assert next(iter(in_words(found))) == "half   done"
+    assert next(iter(in_words(found))) == "teacher  done"
+    before, now = seconds_of(fresh), seconds_of(found)
+    assert now["more"]["sample"] == before["more"]["sample"]  # the teacher's are there
+    one = plan_of("mha", "hyena_x", [2])
+    alone = seconds_of(rehearsed(tiny_study(Row("one", "One", {"plan": one})), world, tmp_path))["one"]
+    assert now["more"]["distill"] == pytest.approx(alone["distill"])  # of three operators two are there
+
+    # Another study may take over what is done.
+    taken = rehearsed(study, world, tmp_path / "none", reuse=[folder])["rows"]
+    assert (taken[1]["why"], taken[1]["seconds"]) == ("taken over from study/half", {})
+    # Other settings are refused for what is done, and said of what has begun.
     with pytest.raises(RunError, match="begun with other settings"):
-        rehearsed(study, world, tmp_path, "distill.steps=4")
+        rehearsed(study, world, folder, "distill.steps=4")
+    other = rehearsed(tiny_study(OTHER), world, folder, "distill.steps=4")["rows"][0]
+    assert other["state"] == "would fail"
+    assert "begun with other settings (different: distill)" in other["why"]
 
 
 def test_what_is_not_known_before_is_said(world: Path, tmp_path: Path) -> None:
     local = Row("local", "By locality", {"plan": plan_of("mha", "swa", "top-local-50")})
     large = Row("large", "More data", half(), share=0.2)
-    best = Row("best", "The best", half(), best_of=("half",))
-    found = rehearsed(tiny_study(local, HALF, best), world, tmp_path)
+    beyond = Row("beyond", "No such layer", {"plan": plan_of("mha", "swa", [9])})
+    best = Row("best", "The best", {}, best_of=("half",))
+    study = tiny_study(local, HALF, best, beyond, large)
+    found = rehearsed(study, world, tmp_path, "finetune.objectives={diffusion: 1.0}")
     rows = {row["name"]: row for row in found["rows"]}
-    assert {name: row["state"] for name, row in rows.items()} == dict.fromkeys(rows, "to do")
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "local": "to do", "half": "to do", "best": "to do", "beyond": "would fail", "large": "left out",
+    }  # fmt: skip
     assert "locality" in rows["local"]["why"]
-    assert rows["best"]["why"].endswith("half is not done")
-    left_out = rehearsed(tiny_study(large), world, tmp_path)["rows"]
-    assert left_out[0]["state"] == "left out"
-    assert "20%" in left_out[0]["why"]
+    assert rows["best"]["why"] == "as if half were the best"
+    assert rows["best"]["seconds"]["finetune"] == rows["half"]["seconds"]["finetune"]
+    assert "layer 9 does not exist" in rows["beyond"]["why"]
+    assert "20%" in rows["large"]["why"]
+    assert any(line.endswith(" from start to end, without 1 of them") for line in in_words(found))
+
+
+def test_losses_that_are_measured_are_shared_with_no_other_row(world: Path, tmp_path: Path) -> None:
+    times = seconds_of(
+        rehearsed(tiny_study(HALF, MORE), world, tmp_path, "distill.losses={mha: auto, mlp: l2}")
+    )
+    assert 0 < times["half"]["distill"] < times["more"]["distill"]
 
 
 def test_what_is_missing_is_said_once(world: Path, tmp_path: Path) -> None:
@@ -186,6 +230,9 @@ def test_the_command(
     assert (code, len(json.loads(text)["rows"])) == (0, 2)
     assert not (tmp_path / "new").exists()
     assert run(*command, "--json")[2] == "error: --json is for --dry-run: a study writes study.json\n"
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "is work for one process" in run(*command, "--dry-run")[2]
     for name, said in {"donor-init": "has no rows to look at", "table5": "unknown study"}.items():
         with pytest.raises(RunError, match=said):
             rehearse_study(name, tmp_path / "new")

@@ -98,7 +98,7 @@ def teacher_of(pipeline: Pipeline, missing: list[str]) -> nn.Module:
     if is_here(source):
         return pipeline.teacher
     if source in ARCHITECTURES:
-        missing.append(f"model: the weights of {source} (graft run would get them from the hub)")
+        missing.append(f"model: the weights of {source} (a run would get them from the hub)")
         return load_model(ARCHITECTURES[source], device="meta")
     raise CheckpointError(
         f"the weights of {source!r} are not here, and its name does not say which architecture they are of; "

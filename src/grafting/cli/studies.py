@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import emit, new_console
+from grafting.cli.common import emit, new_console, refuse_several
 from grafting.cli.options import Device, Dtype, Json, Resume, Seed, Set
 
 
@@ -37,6 +37,8 @@ def study(
     folder = out or Path("runs") / f"study-{name}"
     if dry_run:
         from grafting.studies.rehearsal import in_words
+
+        refuse_several("graft study --dry-run (for rows at a time say --jobs N)")
 
         found = rehearse_study(
             name, folder, model=model, seed=seed, only=only, device=device, changes=[*changes, *(set or [])], jobs=jobs,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +20,9 @@ from torch import nn
 
 from grafting.analysis import estimate, pace
 from grafting.analysis.latency import device_name
+from grafting.errors import GraftError
 from grafting.evaluation.reference import TEACHER
+from grafting.families import family_of
 from grafting.lora import is_lora
 from grafting.needs import shortages, student_of
 from grafting.pipeline import OTHER_NOISE, Pipeline
@@ -27,8 +31,19 @@ from grafting.recipes.rows import Row, UnavailableError
 from grafting.recipes.settings import Recipe
 from grafting.rehearsal import check_inputs, in_time, teacher_of
 from grafting.runs import RunFolder
-from grafting.studies.row_run import Setting, asked, check_row, lacks_locality, of_stage_1
+from grafting.studies.identity import identity_of
+from grafting.studies.row_run import (
+    Setting,
+    asked,
+    check_begun,
+    check_row,
+    lacks_locality,
+    located,
+    of_stage_1,
+    taken_from,
+)
 from grafting.surgery import Edit, explain, graft
+from grafting.training.answers import MOST_BYTES
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig
 from grafting.training.loop import samples_per_pass
@@ -39,42 +54,71 @@ STAGES = ("distill", "finetune", "sample")
 def rehearse_rows(setting: Setting, rows: Sequence[Row], jobs: int = 1) -> dict[str, Any]:
     """What running these rows would do, in JSON types; `rows` in the order in which they would run.
 
-    {"rows": [{"name", "label", "state": "done" | "to do" | "left out", "why", "seconds": {stage: seconds}}],
-    "missing": [...], "warnings": [...], "device", "jobs", "work_seconds": of all rows together, "elapsed_seconds":
-    from start to end with `jobs` rows at a time}. Raises GraftError for what the study would refuse.
+    {"rows": [{"name", "label", "state": "done" | "to do" | "left out" | "would fail", "why", "seconds": {stage:
+    seconds}}], "missing": [...], "warnings": [...], "device", "jobs", "work_seconds": of all rows together,
+    "elapsed_seconds": from start to end with `jobs` rows at a time}. Raises GraftError for what the study would refuse.
     """
+    recipes = dict[str, Recipe]()
     for row in setting.study.rows:
         with contextlib.suppress(UnavailableError):
             check_row(setting, row)
-    found: list[dict[str, Any]] = []
-    todo: list[tuple[dict[str, Any], Row, Recipe]] = []
-    for row in rows:
-        said: dict[str, Any] = {"name": row.name, "label": row.label, "state": "to do"}
-        found.append(said)
-        if setting.result_file(row.name).is_file():
-            said["state"] = "done"
-            continue
-        try:
-            todo.append((said, row, setting.recipe(row)))
-        except UnavailableError as error:
-            said |= {"state": "to do" if row.best_of else "left out", "why": str(error)}
-    threads = torch.get_num_threads()
+            recipes[row.name] = located(setting, setting.recipe(row))
+    threads, device = torch.get_num_threads(), torch.device(setting.device)
     torch.set_num_threads(max(1, threads // jobs))  # as a worker of several has
     try:
-        study = _Rehearsal(setting, [(row, recipe) for _, row, recipe in todo])
-        for said, row, recipe in todo:
-            if lacks_locality(recipe):
-                said |= {"why": "its layers go by the locality that the study measures: not in the estimate"}
-            else:
-                said["seconds"] = study.seconds(row, recipe)
+        study = _Rehearsal(setting)
+        for row in setting.study.rows:
+            if row.name in recipes and setting.result_file(row.name).is_file():
+                with contextlib.suppress(GraftError):
+                    study.seconds(row, recipes.pop(row.name))  # what it shares is there
+        study.missing.clear()
+        study.warnings.clear()
+        study.recipes += [recipes[row.name] for row in rows if row.name in recipes]
+        found = [_rehearsed(study, row) for row in rows]
     finally:
         torch.set_num_threads(threads)
     each = [sum(said["seconds"].values()) for said in found if "seconds" in said]
+    most = os.cpu_count() or 1 if device.type == "cpu" else max(1, torch.cuda.device_count())
     return {
         "rows": found, "missing": study.missing, "warnings": study.warnings, "jobs": jobs,
-        "device": device_name(torch.device(setting.device)),
-        "work_seconds": sum(each), "elapsed_seconds": _span(each, jobs),
+        "device": device_name(device),
+        "work_seconds": sum(each), "elapsed_seconds": _span(each, min(jobs, most)),
     }  # fmt: skip
+
+
+def _rehearsed(study: _Rehearsal, row: Row) -> dict[str, Any]:
+    """What is said of one row."""
+    setting, said = study.setting, {"name": row.name, "label": row.label, "state": "to do"}
+    if setting.result_file(row.name).is_file():
+        return {**said, "state": "done"}
+    try:
+        try:
+            recipe = located(setting, setting.recipe(row))
+        except UnavailableError as error:
+            if not row.best_of:
+                return {**said, "state": "left out", "why": str(error)}
+            likely = setting.study.row(row.best_of[0])
+            changes = {**likely.changes, **row.changes}
+            row = replace(row, best_of=(), changes=changes, share=likely.share, times=likely.times)
+            recipe = located(setting, setting.recipe(row))
+            return {
+                **said,
+                "why": f"as if {likely.name} were the best",
+                "seconds": study.seconds(row, recipe),
+            }
+        check_begun(setting, row, recipe)
+        if lacks_locality(recipe):
+            return {
+                **said,
+                "why": "its layers go by the locality that the study measures: not in the estimate",
+            }
+        if (taken := taken_from(setting, identity_of(row, recipe))) is not None:
+            study.seconds(row, recipe)
+            return {**said, "why": f"taken over from {taken[0].name}/{taken[1]}", "seconds": {}}
+        return {**said, "seconds": study.seconds(row, recipe)}
+    except Exception as error:  # of one row, as when it runs; others' operators may raise anything
+        kind = "" if isinstance(error, GraftError) else f"{type(error).__name__}: "
+        return {**said, "state": "would fail", "why": f"{kind}{error}"}
 
 
 @dataclass
@@ -82,33 +126,34 @@ class _Rehearsal:
     """Seconds of rows, one after another: what an earlier one does for a later one is not counted again."""
 
     setting: Setting
-    rows: list[tuple[Row, Recipe]]
+    recipes: list[Recipe] = field(default_factory=list)  # of the rows that are to be done
     missing: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     _watches: dict[tuple[Any, ...], pace.Stopwatch] = field(default_factory=dict)
     _teachers: dict[tuple[Any, ...], nn.Module] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)  # of what rows share
+    _answered: dict[str, int] = field(
+        default_factory=dict
+    )  # question of stage 2 -> visits that the teacher answered
 
     def seconds(self, row: Row, recipe: Recipe) -> dict[str, float]:
         """Of each stage of a row that is not finished."""
-        teacher = self._teacher(row, recipe)
-        known = RunFolder(self.setting.row_folder(row.name))
-        left = [stage for stage in STAGES if not (_is_run(known) and known.result(stage))]
-        if row.teacher is not None:
-            found = {"sample": self._teachers_samples(row, recipe, teacher)}
+        teacher, found = self._teacher(row, recipe), dict[str, float]()
+        if row.teacher is None:
+            student = graft(teacher, explain(teacher, recipe.graft_plan, recipe.locality).plan)
+            if recipe.distill is not None:
+                found["distill"] = self._distill(recipe, recipe.distill, teacher)
+            if recipe.finetune is not None:
+                found["finetune"] = self._finetune(recipe, recipe.finetune, teacher, student)
+            found["sample"] = self._samples(recipe, student) + self._teachers_samples(row, recipe, teacher)
+        else:
             if row.teacher == "finetuned" and recipe.finetune is not None:
                 alone = recipe.finetune.model_copy(update={"objectives": {"diffusion": 1.0}})
                 found["finetune"] = self._finetune(recipe, alone, teacher, teacher)
-            return {stage: found[stage] for stage in STAGES if stage in found}
-        student = graft(teacher, explain(teacher, recipe.graft_plan, recipe.locality).plan)
-        found = {}
-        if "distill" in left and recipe.distill is not None:
-            found["distill"] = self._distill(recipe, recipe.distill, teacher)
-        if "finetune" in left and recipe.finetune is not None:
-            found["finetune"] = self._finetune(recipe, recipe.finetune, teacher, student)
-        if "sample" in left:
-            found["sample"] = self._samples(recipe, student) + self._teachers_samples(row, recipe, teacher)
-        return found
+            found["sample"] = self._teachers_samples(row, recipe, teacher)
+        run = RunFolder(self.setting.row_folder(row.name))
+        begun = (run.path / "run.json").is_file()
+        return {stage: s for stage, s in found.items() if not (begun and run.result(stage))}
 
     def _teacher(self, row: Row, recipe: Recipe) -> nn.Module:
         """The teacher without values; what is missing or hardly fits is noted when it is first seen."""
@@ -137,6 +182,10 @@ class _Rehearsal:
         """Of the operators that no earlier row has, and those of later rows that are trained in the same pass."""
         said = explain(teacher, recipe.graft_plan, recipe.locality)
         same = of_stage_1(recipe)
+        if "auto" in {*config.losses.values(), *(edit.entry.loss for edit in said.edits)}:
+            return self._stage_1(
+                config, teacher, said.plan
+            )  # measured for each row, which has its own operators then
         if said.groups or said.pruned:
             fresh = self._first([same, said.plan.to_dict()])
             return self._stage_1(config, teacher, said.plan) if fresh else 0.0
@@ -144,9 +193,12 @@ class _Rehearsal:
         if not edits:
             return 0.0
         kinds = {_kind(edit.entry) for edit in said.edits}
-        for _, other in self.rows:
+        for other in self.recipes:
             if of_stage_1(other) == same and not lacks_locality(other):
-                for edit in explain(teacher, other.graft_plan, other.locality).edits:
+                theirs = None
+                with contextlib.suppress(GraftError):  # its row says so
+                    theirs = explain(teacher, other.graft_plan, other.locality)
+                for edit in () if theirs is None or theirs.groups or theirs.pruned else theirs.edits:
                     if _kind(edit.entry) in kinds and self._first([same, _alone(edit)]):
                         edits.setdefault(edit.site.path, edit)
         plan = GraftPlan([replace(edit.entry, layers=(edit.site.layer,)) for edit in edits.values()])
@@ -165,9 +217,13 @@ class _Rehearsal:
             adapted = student_of(recipe, "finetune", teacher, recipe.graft_plan)
             adapters = sum(p.numel() for name, p in adapted.named_parameters() if is_lora(name))
         found = pace.finetune_seconds(watch, teacher, student, config, 1, adapters)
-        question = asked(recipe)
-        if student is not teacher and question is not None and not self._first(["answers", question]):
-            found -= config.steps * config.batch_size * watch.model(teacher).forward
+        visits = config.steps * config.batch_size
+        size = 4 * math.prod(family_of(teacher).sample_shape(teacher))
+        if student is not teacher and (said := asked(recipe)) is not None and visits * size <= MOST_BYTES:
+            question = json.dumps(said, sort_keys=True, default=str)
+            known = self._answered.get(question, 0)
+            self._answered[question] = max(known, visits)
+            found -= min(known, visits) * watch.model(teacher).forward
         return found
 
     def _samples(self, recipe: Recipe, model: nn.Module) -> float:
@@ -178,7 +234,10 @@ class _Rehearsal:
 
     def _teachers_samples(self, row: Row, recipe: Recipe, teacher: nn.Module) -> float:
         """The finetuned teacher's are its own; others are drawn once for all rows of a seed."""
-        config, drawn = recipe.evaluate, recipe.sample.model_dump(mode="json")
+        config, drawn = (
+            recipe.evaluate,
+            [recipe.model, recipe.num_heads, recipe.dtype, recipe.sample.model_dump(mode="json")],
+        )
         times = int(row.teacher == "finetuned" or self._first(["samples", recipe.seed, drawn]))
         if config is not None and config.reference == TEACHER:
             times += self._first(["samples", recipe.seed + OTHER_NOISE, drawn])
@@ -196,10 +255,6 @@ class _Rehearsal:
         fresh = key not in self._done
         self._done.add(key)
         return fresh
-
-
-def _is_run(folder: RunFolder) -> bool:
-    return (folder.path / "run.json").is_file()
 
 
 def _kind(entry: Replace) -> Replace:
@@ -235,12 +290,14 @@ def in_words(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"missing: {what}"
     for what in found["warnings"]:
         yield f"warning: {what}"
-    todo = sum(row["state"] == "to do" for row in found["rows"])
+    todo = [row for row in found["rows"] if row["state"] == "to do"]
+    unknown = sum("seconds" not in row for row in todo)
     jobs, work = found["jobs"], in_time(found["work_seconds"])
     yield (
-        f"estimate for {found['device']}: {todo} of {len(found['rows'])} rows to do, "
+        f"estimate for {found['device']}: {len(todo)} of {len(found['rows'])} rows to do, "
         f"{in_time(found['elapsed_seconds'])} from start to end"
         f"{f' with {jobs} rows at a time ({work} of work)' if jobs > 1 else ''}"
+        f"{f', without {unknown} of them' if unknown else ''}"
     )
     yield "not in it: loading, checkpoints, decoding latents, measuring samples, what else the machine does meanwhile"
 

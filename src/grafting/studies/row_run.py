@@ -161,7 +161,7 @@ def run_row(setting: Setting, row: Row, console: Console) -> dict[str, Any]:
     path = setting.row_folder(row.name)
     identity = identity_of(row, recipe)
     check_identity(path, identity, row.name)
-    if (taken := _take_over(setting, path, row.name, identity)) is not None:
+    if (taken := _take_over(setting, path, identity)) is not None:
         record_identity(path, identity, row.name)
         return taken
     answers = setting.answers if _shares_answers(setting, row, recipe) else None
@@ -185,9 +185,22 @@ def check_row(setting: Setting, row: Row) -> None:
         raise RunError(f"study {setting.study.name!r} compares samples; leave evaluate as it is")
     if not setting.result_file(row.name).is_file():
         return
-    if lacks_locality(recipe) and (file := _locality_file(setting)).is_file():
-        recipe = recipe.model_copy(update={"locality": str(file)})
+    check_begun(setting, row, located(setting, recipe))
+
+
+def check_begun(setting: Setting, row: Row, recipe: Recipe) -> None:
+    """Refuse to go on with a row that was begun with other settings. Raises RunError."""
     check_identity(setting.row_folder(row.name), identity_of(row, recipe), row.name)
+
+
+def located(setting: Setting, recipe: Recipe) -> Recipe:
+    """The recipe with the locality that the study has measured, if it needs that and it is there."""
+    file = _locality_file(setting)
+    return (
+        recipe.model_copy(update={"locality": str(file)})
+        if lacks_locality(recipe) and file.is_file()
+        else recipe
+    )
 
 
 def _run_student(
@@ -353,20 +366,38 @@ def _locality(setting: Setting, recipe: Recipe, console: Console) -> str:
     return str(file)
 
 
-def _take_over(setting: Setting, path: Path, name: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result of the same row in a folder whose work may be taken over, with its samples."""
+def taken_from(setting: Setting, identity: Mapping[str, Any]) -> tuple[Path, str] | None:
+    """The folder of another study, and the row there, whose result may be taken over for a row."""
     now = json.loads(json.dumps(identity))
     for folder in setting.reuse:
         for file in sorted((folder / "shared" / "rows").glob("*.json")):
-            row = folder / "rows" / file.stem
-            if not (row / "result.json").is_file() or read_identity(file) != now:
-                continue
-            result = weights.read_json(row / "result.json", "result")
-            if result.get("samples"):
-                link(row / result["samples"], path / "samples" / "student.npz")
-                result["samples"] = "samples/student.npz"
-            return {**result, "taken_from": f"{folder.name}/{file.stem}"}
+            if (folder / "rows" / file.stem / "result.json").is_file() and read_identity(file) == now:
+                return folder, file.stem
     return None
 
 
-__all__ = ["Setting", "asked", "check_row", "distance_of", "lacks_locality", "of_stage_1", "run_row"]
+def _take_over(setting: Setting, path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of the same row in a folder whose work may be taken over, with its samples."""
+    if (found := taken_from(setting, identity)) is None:
+        return None
+    folder, name = found
+    row = folder / "rows" / name
+    result = weights.read_json(row / "result.json", "result")
+    if result.get("samples"):
+        link(row / result["samples"], path / "samples" / "student.npz")
+        result["samples"] = "samples/student.npz"
+    return {**result, "taken_from": f"{folder.name}/{name}"}
+
+
+__all__ = [
+    "Setting",
+    "asked",
+    "check_begun",
+    "check_row",
+    "distance_of",
+    "lacks_locality",
+    "located",
+    "of_stage_1",
+    "run_row",
+    "taken_from",
+]
