@@ -144,6 +144,16 @@ def test_what_is_done_is_not_done_again(world: Path, tmp_path: Path) -> None:
     alone = seconds_of(rehearsed(tiny_study(Row("one", "One", {"plan": one})), world, tmp_path))["one"]
     assert now["more"]["distill"] == pytest.approx(alone["distill"])  # of three operators two are there
 
+    # What has gone since a row was done is missing for the others.
+    reference = "evaluate.reference=gone.npz"
+    with pytest.raises(RunError, match="begun with other settings"):
+        rehearsed(study, world, folder, reference)
+    (world / "data.npz").rename(world / "away.npz")
+    try:
+        missing = rehearsed(study, world, folder)["missing"]
+    finally:
+        (world / "away.npz").rename(world / "data.npz")
+    assert missing == [f"data: {world / 'data.npz'}", f"evaluate.reference: {world / 'data.npz'}"]
     # Another study may take over what is done.
     taken = rehearsed(study, world, tmp_path / "none", reuse=[folder])["rows"]
     assert (taken[1]["why"], taken[1]["seconds"]) == ("taken over from study/half", {})

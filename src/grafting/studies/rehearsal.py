@@ -71,8 +71,6 @@ def rehearse_rows(setting: Setting, rows: Sequence[Row], jobs: int = 1) -> dict[
             if row.name in recipes and setting.result_file(row.name).is_file():
                 with contextlib.suppress(GraftError):
                     study.seconds(row, recipes.pop(row.name))  # what it shares is there
-        study.missing.clear()
-        study.warnings.clear()
         study.recipes += [recipes[row.name] for row in rows if row.name in recipes]
         found = [_rehearsed(study, row) for row in rows]
     finally:
@@ -132,9 +130,7 @@ class _Rehearsal:
     _watches: dict[tuple[Any, ...], pace.Stopwatch] = field(default_factory=dict)
     _teachers: dict[tuple[Any, ...], nn.Module] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)  # of what rows share
-    _answered: dict[str, int] = field(
-        default_factory=dict
-    )  # question of stage 2 -> visits that the teacher answered
+    _answered: dict[str, int] = field(default_factory=dict)  # question of stage 2 -> visits
 
     def seconds(self, row: Row, recipe: Recipe) -> dict[str, float]:
         """Of each stage of a row that is not finished."""
@@ -166,12 +162,15 @@ class _Rehearsal:
                 nn.Module.to(bare, dtype=getattr(torch, recipe.dtype)) if recipe.dtype else bare
             )
         teacher = self._teachers[key]
+        self.missing += [what for what in absent if what not in self.missing]
+        if not self.recipes:  # of a row that is done
+            return teacher
         needs = recipe.to_dict()
         if self._first(
             ["inputs", key, [needs[name] for name in ("data", "synthesize", "sample", "evaluate")]]
         ):
             check_inputs(pipeline, teacher, absent)
-        self.missing += [what for what in absent if what not in self.missing]
+            self.missing += [what for what in absent if what not in self.missing]
         kinds = _kinds(recipe.graft_plan)
         if row.teacher is None and self._first(["memory", key, kinds, [needs[stage] for stage in STAGES]]):
             for line in shortages(recipe, teacher, torch.device(self.setting.device), 1):
