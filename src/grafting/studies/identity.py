@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +83,13 @@ def read_identity(file: Path) -> dict[str, Any]:
     version = known.get("version")
     known = upgraded(known, version if isinstance(version, int) else 1)
     return _one_form(bound(known)) | {"version": VERSION}
+
+
+def taken_from(folders: Sequence[Path], identity: Mapping[str, Any]) -> tuple[Path, str] | None:
+    """The first of other studies' folders that has the result of the same row, and the row's name there."""
+    now = json.loads(json.dumps(identity))
+    for folder in folders:
+        for file in sorted((folder / "shared" / "rows").glob("*.json")):
+            if (folder / "rows" / file.stem / "result.json").is_file() and read_identity(file) == now:
+                return folder, file.stem
+    return None

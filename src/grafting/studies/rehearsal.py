@@ -31,7 +31,7 @@ from grafting.recipes.rows import Row, UnavailableError
 from grafting.recipes.settings import Recipe
 from grafting.rehearsal import check_inputs, in_time, teacher_of
 from grafting.runs import RunFolder
-from grafting.studies.identity import identity_of
+from grafting.studies.identity import identity_of, taken_from
 from grafting.studies.row_run import (
     Setting,
     asked,
@@ -40,7 +40,6 @@ from grafting.studies.row_run import (
     lacks_locality,
     located,
     of_stage_1,
-    taken_from,
 )
 from grafting.surgery import Edit, explain, graft
 from grafting.training.answers import MOST_BYTES
@@ -110,7 +109,7 @@ def _rehearsed(study: _Rehearsal, row: Row) -> dict[str, Any]:
                 **said,
                 "why": "its layers go by the locality that the study measures: not in the estimate",
             }
-        if (taken := taken_from(setting, identity_of(row, recipe))) is not None:
+        if (taken := taken_from(setting.reuse, identity_of(row, recipe))) is not None:
             study.seconds(row, recipe)
             return {**said, "why": f"taken over from {taken[0].name}/{taken[1]}", "seconds": {}}
         return {**said, "seconds": study.seconds(row, recipe)}

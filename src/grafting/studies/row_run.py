@@ -31,8 +31,8 @@ from grafting.studies.identity import (
     bound,
     check_identity,
     identity_of,
-    read_identity,
     record_identity,
+    taken_from,
 )
 from grafting.studies.share import alone_in, is_at_work, link
 from grafting.studies.shelf import Shelf
@@ -366,19 +366,9 @@ def _locality(setting: Setting, recipe: Recipe, console: Console) -> str:
     return str(file)
 
 
-def taken_from(setting: Setting, identity: Mapping[str, Any]) -> tuple[Path, str] | None:
-    """The folder of another study, and the row there, whose result may be taken over for a row."""
-    now = json.loads(json.dumps(identity))
-    for folder in setting.reuse:
-        for file in sorted((folder / "shared" / "rows").glob("*.json")):
-            if (folder / "rows" / file.stem / "result.json").is_file() and read_identity(file) == now:
-                return folder, file.stem
-    return None
-
-
 def _take_over(setting: Setting, path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of the same row in a folder whose work may be taken over, with its samples."""
-    if (found := taken_from(setting, identity)) is None:
+    if (found := taken_from(setting.reuse, identity)) is None:
         return None
     folder, name = found
     row = folder / "rows" / name
@@ -399,5 +389,4 @@ __all__ = [
     "located",
     "of_stage_1",
     "run_row",
-    "taken_from",
 ]
