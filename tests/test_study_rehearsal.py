@@ -239,6 +239,10 @@ def test_the_command(
     code, text, _ = run(*command, "--dry-run", "--json")
     assert (code, len(json.loads(text)["rows"])) == (0, 2)
     assert not (tmp_path / "new").exists()
+    (tmp_path / "held" / "rows").mkdir(parents=True)
+    held = ("study", "table4", "--only", "teacher", "--dry-run", "--out", tmp_path / "held")
+    assert "already holds a study; go on with --resume" in run(*held)[2]
+    assert run(*held, "--resume")[0] == 0
     assert run(*command, "--json")[2] == "error: --json is for --dry-run: a study writes study.json\n"
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

@@ -39,10 +39,9 @@ def study(
         from grafting.studies.rehearsal import in_words
 
         refuse_several("graft study --dry-run (for rows at a time say --jobs N)")
-
         found = rehearse_study(
-            name, folder, model=model, seed=seed, only=only, device=device, changes=[*changes, *(set or [])], jobs=jobs,
-            reuse=reuse or [],
+            name, folder, model=model, resume=resume, seed=seed, only=only, device=device,
+            changes=[*changes, *(set or [])], jobs=jobs, reuse=reuse or [],
         )  # fmt: skip
         if json_:
             emit(found)

@@ -33,10 +33,8 @@ def run_study(
     """Run what is not done yet of a study in folder `out`; returns its page. Raises RunError."""
     if name not in NAMES:
         raise RunError(f"unknown study {name!r}: expected one of {', '.join(NAMES)}")
-    folder = Path(out)
-    launch = Launch.here()
-    if not resume and not launch.may_begin(folder):
-        raise RunError(f"{str(folder)!r} already holds a study; go on with --resume, or give another --out")
+    folder, launch = Path(out), Launch.here()
+    _check_free(folder, launch, resume)
     if name == DONOR_INIT:
         if only or reuse or jobs != 1:
             raise RunError(f"study {name!r} has no rows of its own: leave out --only, --jobs and --reuse")
@@ -53,8 +51,9 @@ def run_study(
 
 
 def rehearse_study(
-    name: str, out: str | Path, *, model: str | None = None, seed: int = 0, only: list[str] | None = None,
-    device: str = "cpu", changes: list[str] | None = None, jobs: int = 1, reuse: Sequence[Path] = (),
+    name: str, out: str | Path, *, model: str | None = None, resume: bool = False, seed: int = 0,
+    only: list[str] | None = None, device: str = "cpu", changes: list[str] | None = None, jobs: int = 1,
+    reuse: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What `run_study` would do, how long that would take and what is missing; writes nothing. Raises GraftError."""
     if name not in STUDIES:
@@ -64,10 +63,16 @@ def rehearse_study(
             if name == DONOR_INIT
             else f"unknown study {name!r}: {known}"
         )
+    _check_free(Path(out), Launch.here(), resume)
     return dry_rows(
         STUDIES[name], Path(out), model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,
         reuse=reuse,
     )  # fmt: skip
+
+
+def _check_free(folder: Path, launch: Launch, resume: bool) -> None:
+    if not resume and not launch.may_begin(folder):
+        raise RunError(f"{str(folder)!r} already holds a study; go on with --resume, or give another --out")
 
 
 __all__ = [

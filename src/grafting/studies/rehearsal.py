@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,11 +37,13 @@ from grafting.studies.row_run import (
     asked,
     check_begun,
     check_row,
+    going_on_from,
     lacks_locality,
     located,
     of_stage_1,
 )
-from grafting.surgery import Edit, explain, graft
+from grafting.studies.stage_1 import alone, kind_of
+from grafting.surgery import explain, graft
 from grafting.training.answers import MOST_BYTES
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig, FinetuneConfig
@@ -95,9 +97,7 @@ def _rehearsed(study: _Rehearsal, row: Row) -> dict[str, Any]:
             if not row.best_of:
                 return {**said, "state": "left out", "why": str(error)}
             likely = setting.study.row(row.best_of[0])
-            changes = {**likely.changes, **row.changes}
-            row = replace(row, best_of=(), changes=changes, share=likely.share, times=likely.times)
-            recipe = located(setting, setting.recipe(row))
+            recipe = located(setting, setting.recipe(going_on_from(likely, row)))
             return {
                 **said,
                 "why": f"as if {likely.name} were the best",
@@ -187,19 +187,19 @@ class _Rehearsal:
         if said.groups or said.pruned:
             fresh = self._first([same, said.plan.to_dict()])
             return self._stage_1(config, teacher, said.plan) if fresh else 0.0
-        edits = {edit.site.path: edit for edit in said.edits if self._first([same, _alone(edit)])}
+        edits = {edit.site.path: edit for edit in said.edits if self._first([same, alone(edit).to_dict()])}
         if not edits:
             return 0.0
-        kinds = {_kind(edit.entry) for edit in said.edits}
+        kinds = {kind_of(edit.entry) for edit in said.edits}
         for other in self.recipes:
             if of_stage_1(other) == same and not lacks_locality(other):
                 theirs = None
                 with contextlib.suppress(GraftError):  # its row says so
                     theirs = explain(teacher, other.graft_plan, other.locality)
                 for edit in () if theirs is None or theirs.groups or theirs.pruned else theirs.edits:
-                    if _kind(edit.entry) in kinds and self._first([same, _alone(edit)]):
+                    if kind_of(edit.entry) in kinds and self._first([same, alone(edit).to_dict()]):
                         edits.setdefault(edit.site.path, edit)
-        plan = GraftPlan([replace(edit.entry, layers=(edit.site.layer,)) for edit in edits.values()])
+        plan = GraftPlan([alone(edit) for edit in edits.values()])
         return self._stage_1(config, teacher, plan)
 
     def _stage_1(self, config: DistillConfig, teacher: nn.Module, plan: GraftPlan) -> float:
@@ -255,17 +255,9 @@ class _Rehearsal:
         return fresh
 
 
-def _kind(entry: Replace) -> Replace:
-    return replace(entry, layers=(0,))
-
-
-def _alone(edit: Edit) -> dict[str, Any]:
-    return replace(edit.entry, layers=(edit.site.layer,)).to_dict()
-
-
 def _kinds(plan: GraftPlan) -> list[dict[str, Any]]:
     """A plan whatever its layers: rows of one operator take much the same memory."""
-    return [(_kind(entry) if isinstance(entry, Replace) else entry).to_dict() for entry in plan.entries]
+    return [(kind_of(entry) if isinstance(entry, Replace) else entry).to_dict() for entry in plan.entries]
 
 
 def _span(seconds: Sequence[float], jobs: int) -> float:

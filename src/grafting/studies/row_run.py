@@ -116,15 +116,19 @@ class Setting:
                 found.append((distance, name))
         if not found:
             raise UnavailableError(f"row {row.name!r}: none of {', '.join(row.best_of)} has a result")
-        best = self.study.row(min(found)[1])
-        return Row(row.name, row.label, {**best.changes, **row.changes}, paper=row.paper, share=best.share,
-                   times=best.times, seed=row.seed, rank=row.rank)  # fmt: skip
+        return going_on_from(self.study.row(min(found)[1]), row)
 
     def row_folder(self, name: str) -> Path:
         return self.folder / "rows" / name
 
     def result_file(self, name: str) -> Path:
         return self.row_folder(name) / "result.json"
+
+
+def going_on_from(best: Row, row: Row) -> Row:
+    """A row of `best_of` once it is known which is the best."""
+    return Row(row.name, row.label, {**best.changes, **row.changes}, paper=row.paper, share=best.share,
+               times=best.times, seed=row.seed, rank=row.rank)  # fmt: skip
 
 
 def distance_of(result: Mapping[str, Any]) -> float | None:
@@ -385,6 +389,7 @@ __all__ = [
     "check_begun",
     "check_row",
     "distance_of",
+    "going_on_from",
     "lacks_locality",
     "located",
     "of_stage_1",

@@ -136,16 +136,16 @@ def _todo(
 def _note(job: _Job, todo: list[str], more: list[Edit], tries: Iterable[str]) -> None:
     """tries: keys of what is trained here for this row, or was tried here for others: they don't try it for others."""
     tried = sorted({*tries, *(job.keys(more) or {}).values()})
-    said = {"distills": todo, "besides": [_alone(edit).to_dict() for edit in more], "tries": tried}
+    said = {"distills": todo, "besides": [alone(edit).to_dict() for edit in more], "tries": tried}
     weights.write_json(job.pipeline.run.path / _NOTES, said)
 
 
 def _of_others(job: _Job, edits: tuple[Edit, ...], others: Sequence[GraftPlan]) -> list[Edit]:
     """Operators of this row's kinds in layers where other rows alone have them, that nobody distills yet."""
-    kinds, own = {_kind(edit.entry) for edit in edits}, {edit.site.path for edit in edits}
+    kinds, own = {kind_of(edit.entry) for edit in edits}, {edit.site.path for edit in edits}
     found: dict[str, Edit] = {}
     for plan in others:
-        entries = [e for e in plan.entries if isinstance(e, Replace) and _kind(e) in kinds]
+        entries = [e for e in plan.entries if isinstance(e, Replace) and kind_of(e) in kinds]
         if entries and all(isinstance(entry, Replace) for entry in plan.entries):
             try:
                 more = _edits(job, entries)
@@ -179,11 +179,12 @@ def _edits(job: _Job, entries: Iterable[Any]) -> list[Edit]:
     return list(explain(job.pipeline.teacher, GraftPlan(entries), job.pipeline.recipe.locality).edits)
 
 
-def _alone(edit: Edit) -> Replace:
+def alone(edit: Edit) -> Replace:
+    """The entry of one operator at one site."""
     return replace(edit.entry, layers=(edit.site.layer,))
 
 
-def _kind(entry: Replace) -> Replace:
+def kind_of(entry: Replace) -> Replace:
     """An entry whatever its layers."""
     return replace(entry, layers=(0,))
 
@@ -213,7 +214,7 @@ def _distill(job: _Job, own: list[Edit], more: Sequence[Edit] = ()) -> None:
     """
     pipeline, run, edits = job.pipeline, job.pipeline.run, [*own, *more]
     keys = job.keys(edits) or {}
-    student = graft(pipeline.teacher, GraftPlan([_alone(edit) for edit in edits]), seed=pipeline.recipe.seed)
+    student = graft(pipeline.teacher, GraftPlan([alone(edit) for edit in edits]), seed=pipeline.recipe.seed)
     with run.stoppable():
         outcome = distill(student, pipeline.teacher, pipeline.data, job.config, journal=run)
     if more and outcome.skipped_steps:
