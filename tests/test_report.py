@@ -220,7 +220,7 @@ def test_study_page(tmp_path: Path) -> None:
     path = write_study(tmp_path, study(tmp_path))
     assert path == tmp_path / "study.html"
     page = check_inert(path.read_text(encoding="utf-8"))
-    assert "half 21.00 ± 0.50 0.9000 1 min 00 s" in page.text
+    assert "half 21.0 ± 0.5 0.9 1 min 00 s" in page.text
     assert "failed – – –" in page.text
     assert "Samples of failed could not be read" in page.text
     assert "A column shares its starting noise" in page.text
@@ -229,3 +229,46 @@ def test_study_page(tmp_path: Path) -> None:
     assert path.read_bytes() == write_study(tmp_path, study(tmp_path)).read_bytes()
     with pytest.raises(RunError, match="needs rows"):
         write_study(tmp_path, {"rows": []})
+
+
+def test_study_page_of_many_rows(tmp_path: Path) -> None:
+    """What is the same everywhere is said once, what was not run is said in place of figures, groups have one name."""
+    about = {"unedited": False, "depth": 12, "flops_op_pct": -50.0, "paper": "x"}
+    rows: list[dict[str, Any]] = [
+        {"name": f"teacher-{seed}", "label": f"teacher, noise seed +{seed}", "distance": 5.0 + seed / 10, "depth": 12,
+         "unedited": True, "flops": 3.0e8, "seed": seed} for seed in range(3)
+    ]  # fmt: skip
+    rows += [
+        about | {"name": f"se-{share}", "label": f"Hyena-SE, {share} %", "group": "se", "distance": share / 10,
+                 "flops": 3.0e8 - 1e5 * share, "seed": 0, "paper_fid": 2.5 if share < 90 else "x"}
+        for share in (50, 75, 100)
+    ]  # fmt: skip
+    rows.append(about | {"name": "random", "label": "random", "distance": 176.3, "flops": 2.9e8, "seed": 0})
+    rows.append({"name": "later", "label": "later", "distance": None, "status": "not run"})
+    for number, row in enumerate(rows[:-1]):
+        row["samples"] = f"rows/{number}.npz"
+        pixels = np.full((4, 8, 8, 1), number, dtype=np.uint8)
+        write_samples(tmp_path / row["samples"], pixels, np.arange(4), {"seed": row["seed"]})
+    keys = ("distance", "depth", "paper_fid", "flops_op_pct", "flops", "status")
+    claims = [
+        {"text": "50 % is best", "verdict": "holds", "figures": "5.0 < 7.5", "paper": "– < –"},
+        {"text": "100 % is best", "verdict": "does not hold", "figures": "10.0 < 5.0", "paper": "– < –"},
+    ]
+    path = write_study(tmp_path, {
+        "rows": rows, "columns": [{"key": key, "label": key} for key in keys], "claims": claims,
+        "noise": {"mean": 5.1, "deviation": 0.1, "margin": 0.2}, "scatter": {"x": "flops", "y": "distance"},
+    })  # fmt: skip
+    page = check_inert(path.read_text(encoding="utf-8"))
+    text = page.text.replace("\u00a0", " ")
+    assert "The same in all: depth 12. The same in all that are edited: flops_op_pct −50.00." in text
+    assert "variant distance paper_fid flops teacher, noise seed +0 5.0 – 300 M" in text
+    assert "Hyena-SE, 100 % 10.0 x 290 M random 176.3 – 290 M later not run" in text
+    assert '<td class="across" colspan="3">not run</td>' in path.read_text(encoding="utf-8")
+    assert (
+        "verdict finding distances here holds 50 % is best 5.0 < 7.5" in text
+    )  # the paper gives none: no column
+    assert "Not the same noise (they differ in seed): teacher, noise seed +1; teacher, noise seed +2." in text
+    (drawn,) = re.findall(r"<svg.*?</svg>", path.read_text(encoding="utf-8"), flags=re.S)
+    named = re.findall(r">([^<>]*[a-z]{4}[^<>]*)</text>", drawn)
+    assert sorted(named) == ["Hyena-SE", "distance", "flops", "random: 176", "teacher"]
+    assert "the band is the teacher's mean over noise seeds" in text

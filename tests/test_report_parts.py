@@ -14,7 +14,8 @@ from report_tools import make_run
 from grafting.report import format as fmt
 from grafting.report.html import Column, Html, data_table, el
 from grafting.report.images import by_class, pair_distance, strip
-from grafting.report.plots import Point, Series, line_plot, points_of, scatter_plot, spikes
+from grafting.report.plots import Series, line_plot, points_of, spikes
+from grafting.report.scatter import Point, scatter_plot
 from grafting.report.text import lines, number, results_table, table
 
 
@@ -77,6 +78,17 @@ def test_labels_of_many_points_stay_in_the_plot() -> None:
     assert labels[-1][1] == "elsewhere"
 
 
+def test_points_far_above_stand_at_the_edge() -> None:
+    """One untrained row of 176 left the others, between 5 and 15, on one line."""
+    near = [Point(f"row {i}", i, 5.0 + i) for i in range(10)]
+    svg = scatter_plot([*near, Point("untrained", 3, 176.0)], "points", x_label="x", y_label="y")
+    ticks = [float(text) for text in re.findall(r">(\d+)</text>", svg)]
+    assert max(ticks) < 20
+    assert ">untrained: 176</text>" in svg
+    together = scatter_plot([*near, Point("next", 3, 40.0)], "points", x_label="x", y_label="y")
+    assert ">next</text>" in together
+
+
 def test_escaping_by_construction() -> None:
     assert (
         el("p", "<b>", el("i", "&"), ["x", None, 3], title='"')
@@ -93,6 +105,27 @@ def test_escaping_by_construction() -> None:
 ])  # fmt: skip
 def test_significant(value: Any, text: str) -> None:
     assert fmt.significant(value) == text
+
+
+@pytest.mark.parametrize(("values", "written"), [
+    ([5.637, 176.299, 6.0], ["5.64", "176.30", "6.00"]),
+    ([0.864, 0.062, 0.5], ["0.864", "0.062", "0.500"]),
+    ([12, 12.0, 6], ["12", "12", "6"]),
+    ([0.5, 0.25, None, float("nan")], ["0.50", "0.25", "–", "–"]),
+    ([1.36, 1.29, 0.00042], ["1.36", "1.29", "0.0004"]),  # small, and not nothing
+    ([-48.08, 0.0, 1.17], ["−48.1", "0.0", "1.2"]),
+    ([3.66e6, 120.0], ["3.66 M", "120"]),
+    ([1e-7, 5.0], ["1.0e−7", "5.00"]),
+    ([None], ["–"]),
+])  # fmt: skip
+def test_numbers_of_a_column(values: list[Any], written: list[str]) -> None:
+    write = fmt.alike(values)
+    assert [write(value).replace("\u00a0", " ") for value in values] == written
+
+
+def test_a_spread_keeps_its_decimals() -> None:
+    write = fmt.alike([20.0, 21.0], [0.5, None])
+    assert [write(21.0), write(0.5)] == ["21.0", "0.5"]
 
 
 def test_formats() -> None:

@@ -67,8 +67,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "title": "Over the seeds",
             "note": "Every seed is one of training and of noise; the distance is over the teacher's of the same noise.",
             "columns": _columns(
-                ("distance", "Frechet distance"), ("over_teacher", "over the teacher's"), ("depth", "depth"),
-                ("model_params", "parameters"), ("model_flops", "FLOPs per image"), ("seconds", "training, s"),
+                ("distance", "Fréchet distance"), ("over_teacher", "over the teacher's"), ("depth", "depth"),
+                ("model_params", "parameters"), ("model_flops", "FLOPs per image"), ("seconds", "training"),
                 ("seeds", "seeds"), *([("seeds_over", "of these over the teacher's")] if fewer else []),
             ),
             "rows": over_seeds,

@@ -99,7 +99,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
             f"{len(thirds)} operators{': ' + ', '.join(met) if met else ''}."
         )
     note = (
-        "Excess: Frechet distance less the teacher's from the same noise. Mean over seeds of training and noise, ± "
+        "Excess: Fréchet distance less the teacher's from the same noise. Mean over seeds of training and noise, ± "
         "standard deviation; the paper's way has the best of three learning rates, chosen on the first seed's distance "
         "of Hyena-X for attention and of r=3 for the MLP. A mean over a row that diverged is not given."
     )

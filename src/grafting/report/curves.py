@@ -6,21 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grafting.report import words
+from grafting.report.drawing import AXIS, FOURTH, STUDENT, TEACHER, THIRD
 from grafting.report.format import MISSING, count, finite, mapping, significant
 from grafting.report.html import Child, Column, Html, data_table, el, figure, note, section
-from grafting.report.plots import (
-    AXIS,
-    FOURTH,
-    STUDENT,
-    TEACHER,
-    THIRD,
-    Series,
-    legend,
-    line_plot,
-    points_of,
-    ramp,
-    spikes,
-)  # fmt: skip
+from grafting.report.plots import Series, legend, line_plot, points_of, ramp, spikes
 from grafting.report.reading import RunRecord
 
 _STARTS = ("random", "copied", "fitted")

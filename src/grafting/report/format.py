@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 MISSING = "–"
@@ -53,15 +54,47 @@ def significant(value: Any, digits: int = 4) -> str:
     return _minus(f"{number:,.{max(0, digits - 1 - magnitude)}f}")
 
 
-def si(value: Any, unit: str = "") -> str:
+def alike(values: Iterable[Any], spreads: Iterable[Any] = (), digits: int = 3) -> Callable[[Any], str]:
+    """How the numbers of one column are written, so that they can be compared by eye: equally many decimals.
+
+    As many as give the median value `digits` significant digits, less those that are 0 in every value and spread. A
+    column from 100,000 on, or of numbers more than four orders of magnitude apart, has each by itself.
+    """
+    numbers = [abs(number) for value in values if (number := finite(value))]
+    if not numbers or max(numbers) >= 1e5:
+        return lambda value: si(value) if abs(finite(value) or 0) >= 1e5 else significant(value, digits)
+    if max(numbers) > 1e4 * min(numbers):
+        return lambda value: significant(value, digits)
+    decimals = min(max(0, digits - 1 - math.floor(math.log10(statistics.median(numbers)))), 6)
+    numbers += [abs(number) for spread in spreads if (number := finite(spread))]
+    while decimals and all(f"{number:.{decimals}f}".endswith("0") for number in numbers):
+        decimals -= 1
+
+    def write(value: Any) -> str:
+        number = finite(value)
+        if number is None:
+            return MISSING
+        lost = number != 0 and round(number, decimals) == 0
+        return significant(number, 1) if lost else _minus(f"{number:,.{decimals}f}")
+
+    return write
+
+
+def hundredths(value: Any) -> str:
+    """A number with two decimals, as the paper's tables give changes in per cent."""
+    number = finite(value)
+    return MISSING if number is None else _minus(f"{number:.2f}")
+
+
+def si(value: Any, unit: str = "", digits: int = 3) -> str:
     """A count with an SI prefix: 3.66 M, 331 MFLOPs."""
     number = finite(value)
     if number is None:
         return MISSING
     for scale, prefix in _SCALES:
         if abs(number) >= scale:
-            return f"{significant(number / scale, 3)}{_SPACE}{prefix}{unit}"
-    return f"{significant(number, 3)}{_SPACE}{unit}".rstrip()
+            return f"{significant(number / scale, digits)}{_SPACE}{prefix}{unit}"
+    return f"{significant(number, digits)}{_SPACE}{unit}".rstrip()
 
 
 def count(value: Any) -> str:
@@ -127,6 +160,11 @@ def ranges(layers: Iterable[Any]) -> str:
             parts.append([number])
     words = [f"{part[0]}–{part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts]
     return ", ".join(words)
+
+
+def unbroken(text: str) -> str:
+    """Text in which a number keeps its per cent sign: no line ends between the two."""
+    return text.replace(" %", f"{_SPACE}%")
 
 
 def _minus(text: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from grafting.report.drawing import AXIS, INK, STAND_IN, STUDENT, drawable, new_axes, to_svg
 from grafting.report.format import significant
 from grafting.report.html import Html, clean
-from grafting.report.plots import _STAND_IN, AXIS, INK, STUDENT, _axes, _svg, drawable
 
 _STRONGEST = 0.72  # opacity of the highest value: ink on it is still read
 _TEXT_SIZE = 6.5
@@ -42,7 +42,9 @@ def heat_map(
     drawn = [scale(value) for _, _, value in cells]
     bottom = scale(low) if low is not None else min(drawn)
     top = scale(high) if high is not None else max(drawn)
-    figure, axes = _axes((min(9.0, max(4.6, 0.9 + 0.42 * len(columns))), min(12.0, 0.75 + 0.23 * len(rows))))
+    figure, axes = new_axes(
+        (min(9.0, max(4.6, 0.9 + 0.42 * len(columns))), min(12.0, 0.75 + 0.23 * len(rows)))
+    )
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -50,12 +52,12 @@ def heat_map(
         share = 0.0 if top <= bottom else min(1.0, max(0.0, (place - bottom) / (top - bottom)))
         for color, opacity in ((AXIS, 0.10), (STUDENT, _STRONGEST * share)):
             axes.add_patch(
-                Rectangle((c - 0.47, r - 0.46), 0.94, 0.92, facecolor=_STAND_IN[color], alpha=opacity,
+                Rectangle((c - 0.47, r - 0.46), 0.94, 0.92, facecolor=STAND_IN[color], alpha=opacity,
                           edgecolor="none", clip_on=False)
             )  # fmt: skip
         if len(columns) <= _MAX_CELLS_WITH_TEXT:
             text = show(value) if show else significant(value, 2)
-            axes.text(c, r, text, ha="center", va="center", fontsize=_TEXT_SIZE, color=_STAND_IN[INK],
+            axes.text(c, r, text, ha="center", va="center", fontsize=_TEXT_SIZE, color=STAND_IN[INK],
                       parse_math=False)  # fmt: skip
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -64,4 +66,4 @@ def heat_map(
     axes.tick_params(length=0, labelsize=_TEXT_SIZE + 0.5)
     axes.set_xlabel(clean(column_label, 60), parse_math=False)
     axes.set_ylabel(clean(row_label, 60), parse_math=False)
-    return _svg(figure, axes, describe)
+    return to_svg(figure, describe)

@@ -62,25 +62,33 @@ class Column:
 
 
 def data_table(
-    caption: Child, columns: Sequence[Column], rows: Sequence[Sequence[Child]], *, total: bool = False
-) -> Html:
-    """A table with a caption and headers; the first cell of a row heads it; `total` sets the last row apart."""
+    caption: Child, columns: Sequence[Column], rows: Sequence[Sequence[Child]], *, total: bool = False,
+    name: str | None = None, wide: bool = False,
+) -> Html:  # fmt: skip
+    """A table with headers; the first cell of a row heads it, the last of a row with too few spans what is left.
+
+    caption: None where the heading above says it; then `name` is what the table is called to those who can't see it.
+    total: the last row is set apart. wide: it may be wider than the text where the window is, and its first column
+    stays in view where it is not.
+    """
     head = el("tr", [el("th", c.label, scope="col", class_=None if c.text else "n") for c in columns])
     body = []
     for number, row in enumerate(rows[:MAX_ROWS]):
+        spare = len(columns) - len(row) + 1
         cells = [
             el("th" if i == 0 else "td", cell, scope="row" if i == 0 else None,
-               class_=None if column.text else "n")
+               class_="across" if (last := i == len(row) - 1 and spare > 1) else None if column.text else "n",
+               colspan=spare if last else None)
             for i, (column, cell) in enumerate(zip(columns, row, strict=False))
         ]  # fmt: skip
         body.append(el("tr", cells, class_="total" if total and number == len(rows) - 1 else None))
     left = len(rows) - MAX_ROWS
-    name = re.sub("<[^>]*>", "", join([caption]))
+    name = name or re.sub("<[^>]*>", "", join([caption]))
     return el(
         "div",
-        el("table", el("caption", caption), el("thead", head), el("tbody", body)),
+        el("table", el("caption", caption) if caption else None, el("thead", head), el("tbody", body)),
         el("p", f"{left:,} more rows are not shown.", class_="note") if left > 0 else None,
-        class_="scroll", role="region", tabindex=0, aria_label=Html(html.unescape(name)),
+        class_="scroll wide" if wide else "scroll", role="region", tabindex=0, aria_label=Html(html.unescape(name)),
     )  # fmt: skip
 
 

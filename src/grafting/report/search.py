@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from grafting.formats.weights import write_bytes
+from grafting.report.drawing import FOURTH, STUDENT, TEACHER, THIRD
 from grafting.report.format import MISSING, mapping, percent, ranges, sequence, significant
 from grafting.report.heatmap import heat_map
 from grafting.report.html import Child, Column, Html, data_table, document, el, figure, note, section
 from grafting.report.page import environment_table
-from grafting.report.plots import FOURTH, STUDENT, TEACHER, THIRD, Series, legend, line_plot
+from grafting.report.plots import Series, legend, line_plot
 from grafting.report.style import CSS
 from grafting.report.words import operator_label
 

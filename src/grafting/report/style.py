@@ -4,9 +4,11 @@ from __future__ import annotations
 
 CSS = """
 :root{--paper:#fdfdfb;--ink:#1d1f21;--soft:#5c6166;--rule:#d9dad5;--card:#f4f4ef;--teacher:#3d6aa6;--student:#b4561f;
---axis:#8a8f94;--grid:#e6e6e1;--third:#5b8a5a;--fourth:#8a6a9c;--alarm:#b3261e}
+--axis:#8a8f94;--grid:#e6e6e1;--third:#5b8a5a;--fourth:#8a6a9c;--fifth:#1f8a8c;--sixth:#a37c1a;
+--seventh:#b5557f;--eighth:#7a5a3c;--alarm:#b3261e}
 @media (prefers-color-scheme:dark){:root{--paper:#16181a;--ink:#e4e4df;--soft:#a2a7ab;--rule:#383c40;--card:#1f2225;
---teacher:#7fa8dd;--student:#e08d57;--axis:#7d8388;--grid:#2b2e31;--third:#8fbf8c;--fourth:#b99acb;--alarm:#f2877f}}
+--teacher:#7fa8dd;--student:#e08d57;--axis:#7d8388;--grid:#2b2e31;--third:#8fbf8c;--fourth:#b99acb;--fifth:#5fc4c6;--sixth:#d9b454;
+--seventh:#e58fb3;--eighth:#c2a184;--alarm:#f2877f}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.55 Charter,"Bitstream Charter","Iowan Old Style",
@@ -37,8 +39,19 @@ th,td{padding:.32rem .9rem .32rem 0;text-align:left;vertical-align:top;border-bo
 th{font-weight:500}
 thead th{color:var(--soft);border-bottom:1px solid var(--ink);vertical-align:bottom}
 td,tbody th{max-width:26rem}
-.named tbody th{min-width:12rem}
 .n{text-align:right;white-space:nowrap;padding-right:1.2rem}
+thead .n{white-space:normal;min-width:3.6em}
+.across{color:var(--soft)}
+.wide{width:max-content;max-width:calc(min(100vw,50vw + 560px) - 2.5rem)}
+.wide th:first-child{position:sticky;left:0;background:var(--paper)}
+.wide tbody th{min-width:11rem;max-width:17rem}
+.wide table{font-size:.82rem}.wide .n{padding-right:.8rem}
+.wide{background:linear-gradient(to left,var(--paper),transparent) right/3rem 100% no-repeat local,
+linear-gradient(to left,var(--rule),transparent) right/1.1rem 100% no-repeat scroll}
+.verdict{display:inline-block;white-space:nowrap}
+.verdict::before{content:"";display:inline-block;width:.6em;height:.6em;border-radius:50%;margin-right:.5em;
+background:var(--axis)}
+.verdict.yes::before{background:var(--third)}.verdict.no::before{background:var(--alarm)}
 tr.total th,tr.total td{border-top:1px solid var(--ink);font-weight:600}
 figure{margin:1.2rem 0;min-width:0}
 figcaption{margin-top:.4rem;max-width:46em}

@@ -169,6 +169,7 @@ def protocol_sentence(found: Mapping[str, Any]) -> str:
             parts.append(text.format(plain(value)))
 
     take("num_samples", "{} samples")
+    take("num", "{} samples")
     take("sampler", "sampler {}")
     take("steps", "{} steps")
     take("guidance", "guidance {}")
@@ -187,7 +188,7 @@ def protocol_sentence(found: Mapping[str, Any]) -> str:
         extra += [f"hash {plain(inner['hash'])[:12]}"] if "hash" in inner else []
         parts.append(words.format(text) + (f" ({', '.join(extra)})" if extra else ""))
     take("num_neighbours", "precision and recall with {} neighbours")
-    parts += [f"{name} {plain(value)}" for name, value in rest.items()]
+    parts += [f"{name} {plain(value)}" for name, value in rest.items() if value is not None]
     return ", ".join(parts)
 
 

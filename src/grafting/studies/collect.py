@@ -13,7 +13,7 @@ from grafting.studies.findings import noise_of, sentences, test_claims
 from grafting.studies.row_run import Setting, distance_of
 
 _COLUMNS = (
-    ("distance", "Frechet distance"), ("over_teacher", "over the teacher's"), ("paper_fid", "paper: FID"),
+    ("distance", "Fréchet distance"), ("over_teacher", "over the teacher's"), ("paper_fid", "paper: FID"),
     ("paper_over", "paper: over its baseline's"), ("label_accuracy", "label accuracy"), ("precision", "precision"),
     ("recall", "recall"), ("is", "inception score"), ("depth", "depth"), ("flops_op_pct", "operator FLOPs, %"),
     ("flops_ft_pct", "projections' FLOPs, %"), ("params_pct", "parameters, %"), ("model_flops", "FLOPs per image"),

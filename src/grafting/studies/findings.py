@@ -20,17 +20,20 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def noise_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Teacher against teacher: {"seeds", "missing" (names of its rows without a distance), "mean", "deviation"}.
+    """Teacher against teacher: {"seeds", "missing", "mean", "deviation", "margin"}.
 
-    deviation: the sample standard deviation; None under two seeds.
+    missing: names of its rows without a distance. deviation: the sample standard deviation; None under two seeds.
+    margin: what a difference must exceed to count.
     """
     teachers = [row for row in rows if row.get("unedited")]
     values = [float(row["distance"]) for row in teachers if row.get("distance") is not None]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
     return {
         "seeds": len(values),
         "missing": [str(row.get("name")) for row in teachers if row.get("distance") is None],
         "mean": statistics.fmean(values) if values else None,
-        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "deviation": deviation,
+        "margin": None if deviation is None else DEVIATIONS * deviation,
     }
 
 
@@ -68,9 +71,9 @@ def _tested(claim: Claim, rows: Rows, noise: Mapping[str, Any]) -> dict[str, Any
     known = {name: value for name, value in values.items() if value is not None}
     if claim.over is not None:  # the limit is a multiple of a noisy distance, and so is its noise
         gap = min(known.values()) - claim.over * float(noise["mean"])
-        margin = DEVIATIONS * deviation * claim.over
+        margin = float(noise["margin"]) * claim.over
         return found | {"verdict": _verdict(gap, margin), "gap": _finite(gap), "margin": margin}
-    margin = DEVIATIONS * deviation
+    margin = float(noise["margin"])
     gaps = []
     for better, worse in zip(claim.groups, claim.groups[1:], strict=False):
         low, high = max(known[name] for name in better), min(known[name] for name in worse)
@@ -125,7 +128,7 @@ def sentences(study: Study, claims: Sequence[Mapping[str, Any]], noise: Mapping[
         counts = (
             "no finding is tested before all are run"
             if missing
-            else f"a difference counts beyond {DEVIATIONS * deviation:.2f}"
+            else f"a difference counts beyond {noise['margin']:.2f}"
         )
         found.append(
             f"Noise: over {seeds} noise seeds the teacher's distance is {noise['mean']:.2f} with a standard deviation "
