@@ -187,8 +187,8 @@ def test_the_latents_example_writes_what_load_dataset_reads(
     assert (len(data), data.shape, data.num_classes) == (4, (4, 4, 4), 1000)
 
 
-def _readme_table() -> Any:
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "scripts" / "readme_table.py")
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -197,13 +197,13 @@ def _readme_table() -> Any:
 
 
 def test_the_results_table_is_what_its_file_says() -> None:
-    script = _readme_table()
+    script = _script("readme_table")
     if script.SOURCE.is_file():
         assert script.rendered(README, script.table(json.loads(script.SOURCE.read_text()))) == README
 
 
 def test_the_results_table_of_given_figures() -> None:
-    script = _readme_table()
+    script = _script("readme_table")
     protocol = {
         "num_samples": 1000, "sampler": "dpm++", "steps": 10, "guidance": 1.5,
         "reference": {"name": "fashion-train", "num": 60000}, "features": {"name": "fashion"},
@@ -262,3 +262,11 @@ def test_the_page_on_python_runs_and_says_what_is_so(
     assert len(given["errors"]) == 1
     assert given["images"].shape == (4, 1, 8, 8)
     assert (tmp_path / "samples.npz").is_file()
+
+
+def test_the_readme_s_plot_is_the_study_s() -> None:
+    script = _script("readme_plot")
+    page = (ROOT / "docs" / "studies" / "table4" / "study.html").read_text(encoding="utf-8")
+    drawn = (ROOT / "docs" / "images" / "table4.svg").read_text(encoding="utf-8")
+    assert drawn == script.standalone(page[page.index("<svg") : page.index("</svg>") + len("</svg>")])
+    assert "var(" not in drawn
