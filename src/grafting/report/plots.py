@@ -98,6 +98,8 @@ def line_plot(
                       markerfacecolor="none", markeredgecolor=STAND_IN[ALARM], markeredgewidth=1.1)  # fmt: skip
     if log_y:
         log_scale(axes)
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)

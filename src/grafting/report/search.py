@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grafting.formats.weights import write_bytes
-from grafting.report.drawing import FOURTH, STUDENT, TEACHER, THIRD
+from grafting.report.drawing import EIGHTH, FIFTH, FOURTH, SEVENTH, SIXTH, STUDENT, TEACHER, THIRD
 from grafting.report.format import MISSING, mapping, percent, ranges, sequence, significant
 from grafting.report.heatmap import heat_map
 from grafting.report.html import Child, Column, Html, data_table, document, el, figure, note, section
@@ -18,6 +18,7 @@ from grafting.report.words import operator_label
 
 Found = Mapping[str, Any]
 _COSTS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
+_RULES = (THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH)
 
 
 def search_rows(found: Found) -> list[dict[str, Any]]:
@@ -67,13 +68,18 @@ def write_search(path: str | Path, found: Found) -> Path:
     remarks = search_remarks(found)
     page = document(
         "Search – graft", CSS,
-        el("header", el("p", "Search", class_="kind"), el("h1", f"What {found.get('model')} can do without"),
+        el("header", el("p", "Search", class_="kind"), el("h1", f"What {_name(found)} can do without"),
            [el("p", text, class_="lead") for text in remarks]),
         _sites(found), _curve(found), _rules(found), _provenance(found),
     )  # fmt: skip
     path = Path(path)
     write_bytes(path, page.encode("utf-8"))
     return path
+
+
+def _name(found: Found) -> str:
+    """The model without the folders that hold it."""
+    return str(found.get("model")).rstrip("/").rpartition("/")[2]
 
 
 def _labels(found: Found) -> dict[str, str]:
@@ -97,7 +103,8 @@ def _sites(found: Found) -> Html:
         values, caption, rows=names, columns=[str(n) for n in range(1, len(labels) + 1)], row_label="site",
         column_label="candidate", log=True, show=lambda value: significant(value, 2),
     )  # fmt: skip
-    heads = [Column("site", True), *[Column(label) for label in labels], Column("chosen", True)]
+    heads = [Column("site", True), *[Column(f"{n}. {label}") for n, label in enumerate(labels, 1)],
+             Column("chosen", True)]  # fmt: skip
     body: list[list[Child]] = [
         [name, *[MISSING if v is None else significant(v, 3) for v in line], row["chosen"] or "as it was"]
         for name, line, row in zip(names, values, rows, strict=True)
@@ -107,7 +114,7 @@ def _sites(found: Found) -> Html:
         el("p", "A candidate's damage at a site: the squared difference of the model's prediction to what it was, when "
            "this one operator is replaced, after stage 1."),
         figure(drawn, caption) if drawn is not None else None,
-        data_table("Damage in 1e-4, by site; candidates in the order of the map.", heads, body),
+        data_table("Damage in 1e-4, by site; candidates with their numbers in the map.", heads, body),
     )  # fmt: skip
 
 
@@ -126,25 +133,23 @@ def _curve(found: Found) -> Html:
         line("added up", points, "damage", color=TEACHER, dashed=True),
         *[
             line(f"{label}, by rule", [r for r in rules if r["candidate"] == name], "together", color=color, dots=True)
-            for (name, label), color in zip(_labels(found).items(), (THIRD, FOURTH), strict=False)
+            for (name, label), color in zip(_labels(found).items(), _RULES, strict=False)
         ],
     ]  # fmt: skip
+    lines = [lines[0], *(each for each in lines[1:] if each.x)]
     x = f"{_COSTS[found['by']]}, % of the model's" if by_cost else "operators replaced"
     described = "; ".join(
         f"{significant(a, 3)}: {significant(b, 3)}" for a, b in zip(lines[0].x, lines[0].y, strict=True)
     )
     plot = line_plot(lines, f"Damage by {x}. {described}", x_label=x, y_label="damage, 1e-4", log_y=True)
     columns = [
-        Column(x),
-        Column("replaced"),
-        Column("together, 1e-4"),
-        Column("added up, 1e-4"),
-        Column("plan", True),
-    ]
+        *([Column(x)] if by_cost else []), Column("operators replaced"), Column("together, 1e-4"),
+        Column("added up, 1e-4"), Column("plan", True),
+    ]  # fmt: skip
     labels = _labels(found)
     body: list[list[Child]] = [
         [
-            percent(p["cost"]) if by_cost else p["replaced"], p["replaced"], significant(1e4 * p["together"], 3),
+            *([percent(p["cost"])] if by_cost else []), p["replaced"], significant(1e4 * p["together"], 3),
             significant(1e4 * p["damage"], 3),
             "; ".join(f"{labels[name]} in {ranges(layers)}" for name, layers in p["layers"].items()) or "no edit",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,8 +189,13 @@ def protocol_sentence(found: Mapping[str, Any]) -> str:
         extra += [f"hash {plain(inner['hash'])[:12]}"] if "hash" in inner else []
         parts.append(words.format(text) + (f" ({', '.join(extra)})" if extra else ""))
     take("num_neighbours", "precision and recall with {} neighbours")
-    parts += [f"{name} {plain(value)}" for name, value in rest.items() if value is not None]
+    parts += [f"{name} {_short(plain(value))}" for name, value in rest.items() if value is not None]
     return ", ".join(parts)
+
+
+def _short(text: str) -> str:
+    """A hash by its first digits, anything else as it is."""
+    return text[:12] if re.fullmatch("[0-9a-f]{32,}", text) else text
 
 
 @dataclass(frozen=True)
