@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from grafting.training.trained import trained_parameters
 
 LARGE, FEWER = 2e11, 1024  # FLOPs of a pass above which a CPU is timed on fewer tokens, and how many
 ENOUGH = 0.05  # seconds that a timed pass should take; its batch grows until then
-REPEATS = 3
+REPEATS = 5
 
 
 class _Branch(nn.Module):
@@ -162,6 +161,7 @@ class Stopwatch:
             size = min(self.batch_size, size * (2 if seconds > ENOUGH / 4 else 4))
 
     def _time(self, work: Callable[[], None]) -> float:
+        """The least of some times: what else the machine does only adds to them, most of all to short ones."""
         times = []
         for _ in range(REPEATS):
             synchronize(self.device)
@@ -169,7 +169,7 @@ class Stopwatch:
             work()
             synchronize(self.device)
             times.append(time.perf_counter() - started)
-        return statistics.median(times)
+        return min(times)
 
 
 def distill_seconds(

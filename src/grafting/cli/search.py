@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grafting.cli.app import app
-from grafting.cli.common import emit, new_console, recipe_changes, spread
+from grafting.cli.common import emit, new_console, recipe_changes, refuse_several, spread
 from grafting.cli.options import Device, Dtype, Json, OwnSeed, Processes, Set
 
 
@@ -24,6 +24,9 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with a folder that was begun, or refuse it.")
     ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, how long, if the aim can be met; do nothing.")
+    ] = False,
     set: Set = None, processes: Processes = 1, device: Device = "cpu", dtype: Dtype = None,
     seed: OwnSeed = None, json_: Json = False,
 ) -> None:  # fmt: skip
@@ -34,9 +37,24 @@ def search(
     from grafting.report.text import table
     from grafting.search import search_plan
 
-    compute = spread(processes, device)
+    if dry_run:
+        refuse_several("graft search --dry-run (for an estimate of several say --processes N)")
+    else:
+        compute = spread(processes, device)
     resolved = load_recipe(recipe, recipe_changes(set, dtype=dtype, seed=seed))
     folder = out or Path("runs") / f"search-{resolved.name}"
+    if dry_run:
+        from grafting.search.rehearsal import in_words, rehearse_search
+
+        expected = rehearse_search(
+            resolved, GraftPlan.load(candidates), folder, budget=budget, at_least=replace, by=by,  # type: ignore[arg-type]
+            num_samples=num, device=device, resume=resume, processes=processes,
+        )  # fmt: skip
+        if json_:
+            emit(expected)
+        else:
+            print("\n".join(in_words(expected)))
+        return
     console = new_console()
     found = search_plan(
         resolved, GraftPlan.load(candidates), folder, console, budget=budget, at_least=replace, by=by,  # type: ignore[arg-type]

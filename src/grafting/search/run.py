@@ -46,7 +46,7 @@ from grafting.yaml_io import dump_yaml
 
 VERSION = 1
 RULES = ("interleaved-50", "interleaved-75", "all")  # what a choice is compared with
-_POINTS = 12  # of the curve
+POINTS = 12  # of the curve
 
 
 def search_plan(
@@ -67,31 +67,15 @@ def search_plan(
     Returns the content of search.json. Raises GraftError.
     """
     folder, console = Path(folder), console or Console(quiet=True)
-    if budget is None and not at_least:
-        raise PlanError(
-            "a search needs an aim: a budget (cost afterwards, as a share) or how many to replace (at_least)"
-        )
-    if budget is not None and budget >= 1 and not at_least:
-        raise PlanError(
-            f"a budget of {budget:g} of the cost is met by the model as it is: give a share below 1, such as 0.85, or "
-            "how many to replace"
-        )
-    if by not in get_args(Cost):
-        raise PlanError(f"by={by!r}: expected one of {', '.join(get_args(Cost))}")
-    if num_samples < 1:
-        raise PlanError(f"num_samples={num_samples}: expected at least 1")
-    if recipe.synthesize is not None:
-        raise RunError(
-            "a search makes no pairs: make them with graft synthesize, and give data=FOLDER, synthesize=null"
-        )
+    check_aim(recipe, budget, at_least, by, num_samples)
     pipeline = Pipeline(bare(recipe, []), RunFolder(folder, console), device)
     compute = pipeline.compute
     if compute.is_main:
-        _check_folder(folder, resume)
+        check_folder(folder, resume)
     else:
         console = Console(quiet=True)
     teacher = pipeline.teacher
-    _check_model(teacher)
+    check_model(teacher)
     found = find_candidates(teacher, candidates, recipe.locality)
     for candidate in found:
         candidate.savings = compute.from_main(savings_of(teacher, candidate, by))
@@ -133,7 +117,28 @@ def search_plan(
     return data
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
+def check_aim(recipe: Recipe, budget: float | None, at_least: int, by: str, num_samples: int) -> None:
+    """Refuse what no search can be asked for. Raises PlanError, RunError."""
+    if budget is None and not at_least:
+        raise PlanError(
+            "a search needs an aim: a budget (cost afterwards, as a share) or how many to replace (at_least)"
+        )
+    if budget is not None and budget >= 1 and not at_least:
+        raise PlanError(
+            f"a budget of {budget:g} of the cost is met by the model as it is: give a share below 1, such as 0.85, or "
+            "how many to replace"
+        )
+    if by not in get_args(Cost):
+        raise PlanError(f"by={by!r}: expected one of {', '.join(get_args(Cost))}")
+    if num_samples < 1:
+        raise PlanError(f"num_samples={num_samples}: expected at least 1")
+    if recipe.synthesize is not None:
+        raise RunError(
+            "a search makes no pairs: make them with graft synthesize, and give data=FOLDER, synthesize=null"
+        )
+
+
+def check_folder(folder: Path, resume: bool) -> None:
     """Refuse a folder that holds something else, whose graft or recipe would be written over. Raises RunError."""
     where = str(folder)
     if not folder.exists():
@@ -147,7 +152,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise RunError(f"{where!r} already holds a search; go on with --resume, or give another --out")
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Raise PlanError for an edited model whose operators can't be told from its base's."""
     if edited_groups(model):
         raise PlanError(
@@ -241,13 +246,13 @@ def _curve(options: Sequence[Option], budget: float | None) -> list[Choice]:
     """Choices from no edit to the most: by cost where there is a budget, else by the number of operators replaced."""
     if budget is None:
         count = len({option.path for option in options})
-        wanted = sorted({round(count * k / _POINTS) for k in range(_POINTS + 1)})
+        wanted = sorted({round(count * k / POINTS) for k in range(POINTS + 1)})
         return [best_choice(options, at_least=number) for number in wanted]
     best = sorted(pareto_choices(options), key=lambda choice: choice.cost)
     low, high = best[0].cost, best[-1].cost
     found: list[Choice] = []
-    for place in range(_POINTS + 1):
-        limit = low + (high - low) * place / _POINTS
+    for place in range(POINTS + 1):
+        limit = low + (high - low) * place / POINTS
         choice = [c for c in best if c.cost <= limit + 1e-9][-1]
         if choice not in found:
             found.append(choice)
@@ -309,4 +314,4 @@ def _write(
     write_search(folder / "search.html", data)
 
 
-__all__ = ["Candidate", "search_plan"]
+__all__ = ["Candidate", "check_aim", "check_folder", "check_model", "search_plan"]
