@@ -66,7 +66,8 @@ def _table(study: Mapping[str, Any], rows: Rows) -> Html:
     caption = "All variants under one protocol." if protocol else "All variants."
     spread = any(mapping(row.get("std")) for row in rows)
     return section(
-        "results", "Results", data_table(" ".join([caption, *same]), heads, body, wide=True),
+        "results", "Results", note(" ".join([caption, *same])),
+        data_table(None, heads, body, name="Results", wide=True),
         note("± is the standard deviation over seeds.") if spread else None,
         note("Wall time is of training; what a row took over from others it did not wait for.") if timed else None,
         note(f"Protocol: {protocol_sentence(protocol)}.") if protocol else None,

@@ -43,7 +43,8 @@ td,tbody th{max-width:26rem}
 thead .n{white-space:normal;min-width:3.6em}
 .across{color:var(--soft)}
 .wide{width:max-content;max-width:calc(min(100vw,50vw + 560px) - 2.5rem)}
-.wide th:first-child{position:sticky;left:0;background:var(--paper)}
+.wide th:first-child{position:sticky;left:0;background:var(--paper);box-shadow:inset 0 -1px var(--rule)}
+.wide thead th:first-child{box-shadow:inset 0 -1px var(--ink)}
 .wide tbody th{min-width:11rem;max-width:17rem}
 .wide table{font-size:.82rem}.wide .n{padding-right:.8rem}
 .wide{background:linear-gradient(to left,var(--paper),transparent) right/3rem 100% no-repeat local,
@@ -83,7 +84,8 @@ gap:.35rem 1rem;font-size:.9rem}
 .cells td.new{background:var(--student);color:var(--paper)}
 details{margin:1rem 0}summary{cursor:pointer}
 ul.findings{padding-left:1.2rem;max-width:46em}ul.findings li{margin:.3rem 0}
-@media (max-width:600px){body{font-size:16px}main{padding:1.5rem 1rem 3rem}h1{font-size:1.6rem}
+@media (max-width:600px){body{font-size:16px}.verdict{white-space:normal}
+main{padding:1.5rem 1rem 3rem}h1{font-size:1.6rem}
 .key dd.big{font-size:1.6rem}
 .keys{grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:0 1.2rem}
 .pair{grid-template-columns:3.4rem minmax(0,1fr)}
