@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _a_stopwatch_that_always_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace.Stopwatch, "_measure", lambda *_: pace.Pace(FORWARD, BOTH))
     monkeypatch.setattr(pace.Stopwatch, "update", lambda *_: 0.0)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("grafting.studies.rehearsal.usable_cores", lambda: 2)
 
 
 def rehearsed(study: Study, world: Path, folder: Path, *changes: str, **options: Any) -> dict[str, Any]:

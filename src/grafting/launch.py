@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
+from grafting.cores import usable_cores
 from grafting.errors import PeerError, RunError
 from grafting.processes import LAUNCHER, place
 
@@ -57,9 +58,11 @@ def launch(arguments: Sequence[str], processes: int, command: Sequence[str] = ("
 
 
 def _environment(rank: int, processes: int, port: int) -> Mapping[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    cores = usable_cores()
+    given = os.environ.get("OMP_NUM_THREADS", str(cores))
+    threads = str(max(1, cores // processes)) if given == str(cores) else given  # all of them are shared out
     return {
-        "OMP_NUM_THREADS": str(threads), **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank),
+        **os.environ, "OMP_NUM_THREADS": threads, "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), LAUNCHER: str(os.getpid()),
     }  # fmt: skip

@@ -8,7 +8,6 @@ computes. So neither the number of processes nor a damaged image changes what an
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from grafting import draws
+from grafting.cores import usable_cores
 from grafting.data.image_source import ImageSource
 from grafting.data.manifest import MAX_SHARDS
 from grafting.data.pixels import Skipped, decode_image, preprocessing
@@ -89,7 +89,7 @@ class ShardEncoder:
                 f"size={config.size} is no multiple of {factor}, by which this VAE shrinks images; give one that is"
             )
         self.shape = (int(self.vae.config.latent_channels), config.size // factor, config.size // factor)
-        self.num_threads = num_threads or min(16, os.cpu_count() or 1)
+        self.num_threads = num_threads or min(16, usable_cores())
         self.job: dict[str, Any] = {
             "shape": list(self.shape), "dtype": config.dtype, "flip": config.flip, "num_classes": self.num_classes,
             "class_names": list(source.class_names) if source.class_names else None, "labelled": self.labelled,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+from grafting.cores import usable_cores
 from grafting.data.encoder import EncodeConfig, ShardEncoder
 from grafting.data.image_source import ImageSource
 from grafting.data.latent_folder import LatentFolder
@@ -39,7 +40,7 @@ def encode_in_processes(
     """
     context = multiprocessing.get_context("spawn")
     count = min(processes, len(shards))
-    threads = num_threads or max(1, min(16, (multiprocessing.cpu_count() or 1) // count))
+    threads = num_threads or max(1, min(16, usable_cores() // count))
     workers: dict[Connection, SpawnProcess] = {}
     waiting = deque(shards)
     try:

@@ -10,7 +10,6 @@ import contextlib
 import heapq
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 
 from grafting.analysis import estimate, pace
 from grafting.analysis.latency import device_name
+from grafting.cores import usable_cores
 from grafting.errors import GraftError
 from grafting.evaluation.reference import TEACHER
 from grafting.families import family_of
@@ -77,7 +77,7 @@ def rehearse_rows(setting: Setting, rows: Sequence[Row], jobs: int = 1) -> dict[
     finally:
         torch.set_num_threads(threads)
     each = [sum(said["seconds"].values()) for said in found if "seconds" in said]
-    most = os.cpu_count() or 1 if device.type == "cpu" else max(1, torch.cuda.device_count())
+    most = usable_cores() if device.type == "cpu" else max(1, torch.cuda.device_count())
     return {
         "rows": found, "missing": study.missing, "warnings": study.warnings, "jobs": jobs,
         "device": device_name(device),
