@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grafting.families import Site
-from grafting.operators import Cost
+from grafting.operators import Cost, get, takes_donor
 from grafting.plan import GraftPlan, Parallelize, Replace
 
 
@@ -21,6 +21,11 @@ class Edit:
     after: Cost
 
     @property
+    def start(self) -> str:
+        """What it starts from: the plan's `init`, or "random" where the operator takes nothing from a donor."""
+        return self.entry.init if takes_donor(get(self.entry.operator).cls) else "random"
+
+    @property
     def old_operator(self) -> str:
         return self.site.operator
 
@@ -28,7 +33,7 @@ class Edit:
         """JSON form."""
         return {
             "layer": self.site.layer, "target": self.site.kind, "path": self.site.path, "from": self.old_operator,
-            "to": self.entry.operator, "config": self.entry.config.to_dict(), "init": self.entry.init,
+            "to": self.entry.operator, "config": self.entry.config.to_dict(), "init": self.start,
             **_costs(self.before, self.after),
         }  # fmt: skip
 

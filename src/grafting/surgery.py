@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from grafting import draws, operators
 from grafting.depth import depth_edits, meta_copy, open_groups, rearrange
@@ -297,7 +298,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_operator(site: Site, entry: Replace) -> Cost:
-    """Build the operator without weights, see that it keeps the shape, and return its cost."""
+    """Build the operator without weights, see that it keeps shape and type, and return its cost."""
     with torch.device("meta"):
         operator = _build(site, entry)
     operator = operator.to("meta")
@@ -308,11 +309,20 @@ def _check_operator(site: Site, entry: Replace) -> Cost:
 
 def _check_shape(operator: nn.Module, site: Site, entry: Replace) -> None:
     """Pass tokens through an operator of another package, without arithmetic (it loads PyTorch's compiler: seconds)."""
+    if any(isinstance(p, UninitializedParameter) for p in operator.parameters()):
+        raise PlanError(
+            f"{site}: operator '{entry.operator}' has lazy layers, whose weights have no shape before the first pass: "
+            "build them from `dim`"
+        )
     x = torch.empty(1, site.num_tokens, site.width, device="meta")
     try:
-        shape = list(operator(x).shape)
+        y = operator(x)
+        shape, dtype = list(y.shape), y.dtype
     except NotImplementedError:
-        shape = list(x.shape)  # an operation without a meta kernel: the first real pass will tell
+        shape, dtype = (
+            list(x.shape),
+            x.dtype,
+        )  # an operation without a meta kernel: the first real pass will tell
     except GraftError as error:
         raise type(error)(f"{site}: {error}") from None
     except Exception as error:
@@ -323,6 +333,10 @@ def _check_shape(operator: nn.Module, site: Site, entry: Replace) -> None:
     if shape != list(x.shape):
         raise PlanError(
             f"{site}: operator '{entry.operator}' maps {list(x.shape)} to {shape}; it must keep the shape [B, N, D]"
+        )
+    if dtype != x.dtype:
+        raise PlanError(
+            f"{site}: operator '{entry.operator}' gives {dtype} for tokens of {x.dtype}; it must keep their type"
         )
 
 

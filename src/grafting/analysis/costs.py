@@ -22,12 +22,13 @@ def plan_cost(
     """Changes per (target, operator), per layer and of the whole model.
 
     plan: None for the plan that an edited model carries, against its base (an unedited model changes nothing).
-    {"rows": [{"target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct"}], "layers": [{"layer",
-    "target", "operator", "flops_op", "flops_ft", "params"}], "model": {"params", "flops_per_image", "depth",
-    "flops_op", "flops_ft"}}. Percentages are of all operators of that target in the unedited model; `flops_ft_pct` is
-    None where the target has no projections or featurizers of its own (mlp). Groups side by side (target
-    `block_group`) and pruned blocks (`block`) have theirs of all blocks, with all FLOPs under `flops_op_pct`. The
-    figures of layers (one per site) and of the model are [before, after], for one image, 2 FLOPs per multiply-add.
+    {"rows": [{"target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "flops_pct", "params_pct"}],
+    "layers": [{"layer", "target", "operator", "flops_op", "flops_ft", "params"}], "model": {"params",
+    "flops_per_image", "depth", "flops_op", "flops_ft"}}. Percentages are of all operators of that target in the
+    unedited model; `flops_ft_pct` is None where the target has no projections or featurizers of its own (mlp),
+    `flops_pct` is both together. Groups side by side (target `block_group`) and pruned blocks (`block`) have theirs of
+    all blocks, with all FLOPs under `flops_op_pct`. The figures of layers (one per site) and of the model are
+    [before, after], for one image, 2 FLOPs per multiply-add.
     """
     model, plan = _base_and_plan(model, plan)
     explanation = explain(model, plan, locality)
@@ -62,6 +63,7 @@ def plan_cost(
             "layers": [edit.site.layer for edit in edits],
             "flops_op_pct": _per_cent(op, total.operator),
             "flops_ft_pct": _per_cent(ft, total.featurizer) if total.featurizer else None,
+            "flops_pct": _per_cent(op + ft, total.total),
             "params_pct": _per_cent(params, total.params),
         })  # fmt: skip
     return {
@@ -118,7 +120,10 @@ def _depth_rows(model: nn.Module, explanation: Explanation) -> list[dict[str, An
             "target": target,
             "operator": operator,
             "layers": [layer for layers, _, _ in members for layer in layers],
-            "flops_op_pct": _per_cent(sum(new.total - old.total for _, old, new in members), total.total),
+            **dict.fromkeys(
+                ("flops_op_pct", "flops_pct"),
+                _per_cent(sum(new.total - old.total for _, old, new in members), total.total),
+            ),
             "flops_ft_pct": None,
             "params_pct": _per_cent(sum(new.params - old.params for _, old, new in members), total.params),
         }

@@ -118,7 +118,8 @@ def cost(
         return
     show(
         {key: value for key, value in found.items() if key != "layers"}, False,
-        [("target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "params_pct")] if rows else None, "rows",
+        [("target", "operator", "layers", "flops_op_pct", "flops_ft_pct", "flops_pct", "params_pct")] if rows else None,
+        "rows",
     )  # fmt: skip
     if layers:
         from grafting.report.text import table

@@ -1,12 +1,24 @@
 """Operators: modules [B, N, D] -> [B, N, D] that can take the place of attention or MLP in a block."""
 
 from grafting.operators import attention, hyena, mamba2, mlp
-from grafting.operators.base import AttentionDonor, Cost, Donor, MLPDonor, Operator, copy_donor, cost_of
+from grafting.operators.base import (
+    AttentionDonor,
+    Cost,
+    Donor,
+    MLPDonor,
+    Operator,
+    copy_donor,
+    cost_of,
+    linear,
+    takes_donor,
+)
+from grafting.operators.filters import DepthwiseFilter
 from grafting.operators.registry import Entry, build, config_of, describe, get, names, register
 
 __all__ = [
     "AttentionDonor",
     "Cost",
+    "DepthwiseFilter",
     "Donor",
     "Entry",
     "MLPDonor",
@@ -19,8 +31,10 @@ __all__ = [
     "describe",
     "get",
     "hyena",
+    "linear",
     "mamba2",
     "mlp",
     "names",
     "register",
+    "takes_donor",
 ]

@@ -68,9 +68,9 @@ Donor = AttentionDonor | MLPDonor
 class Operator(nn.Module):
     """An operator [B, N, D] -> [B, N, D]: features of the tokens, then one linear readout.
 
-    A subclass defines `mix` (everything before the last linear layer), `readout_name` and `cost`, and
-    `copy_donor` if a donor's weights can give it something. Any other `nn.Module` of the same shape can be
-    registered as an operator too; it then goes without a fitted readout and without a donor start.
+    A subclass defines `mix` (everything before the last linear layer) and `readout_name`, `copy_donor` if a donor's
+    weights can give it something, and `cost` where a count of its matrix products is not enough. Any other `nn.Module`
+    of the same shape can be registered as an operator too; it then goes without a fitted readout and a donor start.
     """
 
     readout_name: str = "out_proj"
@@ -98,8 +98,8 @@ class Operator(nn.Module):
         return self.get_submodule(self.readout_name)(self.mix(x))
 
     def cost(self, num_tokens: int) -> Cost:
-        """Cost for one sample of `num_tokens` tokens."""
-        raise NotImplementedError
+        """Cost for one sample of `num_tokens` tokens; by default counted by a traced forward pass (`cost_of`)."""
+        return cost_of(self, num_tokens, self.readout.out_features)
 
     def copy_donor(self, donor: Donor) -> list[str]:
         """Copy what the donor's weights can give; names of the parameters set (none: nothing fits)."""
@@ -118,7 +118,7 @@ def cost_of(module: nn.Module, num_tokens: int, dim: int) -> Cost:
     module's device (meta included), whose matrix products, convolutions and attentions are counted.
     """
     own = getattr(module, "cost", None)
-    if callable(own):
+    if callable(own) and getattr(type(module), "cost", None) is not Operator.cost:
         cost = own(num_tokens)
         if isinstance(cost, Cost):
             return cost
@@ -144,6 +144,12 @@ def copy_donor(module: nn.Module, donor: Donor | None) -> list[str]:
         return []
     with torch.no_grad():
         return list(own(donor) or [])
+
+
+def takes_donor(operator: type[nn.Module]) -> bool:
+    """Whether operators of this class can start from a donor's weights."""
+    own = getattr(operator, "copy_donor", None)
+    return callable(own) and own is not Operator.copy_donor
 
 
 def assign(module: nn.Module, values: dict[str, Tensor | None]) -> list[str]:

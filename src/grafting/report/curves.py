@@ -30,9 +30,7 @@ def stage_one(run: RunRecord) -> Html:
     for name, members in _groups(run, paths):
         colors = {path: ramp(i, len(members)) for i, path in enumerate(members)}
         loss = _per_path(members, colors, [(r.get("step"), mapping(r.get("loss"))) for r in steps])
-        first = (
-            mapping(starts.get("fitted")) or mapping(starts.get("copied")) or mapping(starts.get("random"))
-        )
+        first = {path: error for start in _STARTS for path, error in mapping(starts.get(start)).items()}
         held = _per_path(
             members,
             colors,

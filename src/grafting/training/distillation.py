@@ -23,7 +23,7 @@ from grafting.depth import open_groups
 from grafting.errors import DivergedError, Interrupted, PlanError, RunError
 from grafting.families import Family, Tap
 from grafting.plan import Parallelize, Replace
-from grafting.surgery import edited_groups, edited_sites, record_of
+from grafting.surgery import edited_groups, edited_sites, operator_name, record_of
 from grafting.training.acceleration import compiled, frozen_copy
 from grafting.training.cache import ActivationCache
 from grafting.training.compute import Compute, make_compute
@@ -44,6 +44,7 @@ from grafting.training.loop import (
     samples_per_pass,
     split,
     step_index,
+    what_helps,
 )
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
 from grafting.training.pupils import Pupil, pupils_of
@@ -149,13 +150,14 @@ class _Stage:
             start_error, first, seconds, losses = self._restore(state, optimizer)
             del state  # the file is open as long as it is there
         cache = None
-        if config.mode == "cached":
-            cache = ActivationCache.collect(self, [pupil.path for pupil in pupils])
+        learners = [pupil.path for pupil in pupils if pupil.parameters]
+        if config.mode == "cached" and learners:
+            cache = ActivationCache.collect(self, learners)
             self.compute.wait()  # of hours of writing one disk may need minutes more than another
         if config.reuse > 1:
             self.reused = ReusedTaps(
-                lambda index, paths: self.taps(self.batches.at(index), paths), [pupil.path for pupil in pupils],
-                seed=self.seed, batch_size=config.batch_size, micro_batch=config.micro_batch, reuse=config.reuse,
+                lambda index, paths: self.taps(self.batches.at(index), paths), learners, seed=self.seed,
+                batch_size=config.batch_size, micro_batch=config.micro_batch, reuse=config.reuse,
                 passes=config.reuse_passes,
             )  # fmt: skip
         clock = Clock(first, config.steps)
@@ -165,7 +167,7 @@ class _Stage:
             if (code := self.compute.agree_to_stop(self.journal.stop_requested())) is not None:
                 whole = agreed(self.compute, {path: torch.stack(values) for path, values in losses.items()})
                 losses = {path: list(values) for path, values in whole.items()}
-                _check_losses({path: values[-1].item() for path, values in losses.items()}, step, config.lr)
+                self._check_losses({path: values[-1].item() for path, values in losses.items()}, step)
                 self._checkpoint(step, optimizer, start_error, seconds + clock.seconds, losses)
                 self.writer.wait()
                 self.compute.wait()  # no process ends, and none is ended, before the file is there
@@ -201,7 +203,7 @@ class _Stage:
             seconds=seconds + clock.seconds,
             extraction_seconds=cache.seconds if cache else 0.0,
             cache_bytes=cache.bytes if cache else 0,
-            rested={pupil.path: pupil.rested_at for pupil in pupils if pupil.rested_at is not None},
+            rested={pupil.path: pupil.rested_at for pupil in pupils if pupil.rested_at and pupil.parameters},
             skipped_steps=self.bad.skipped,
             losses={pupil.path: pupil.loss for pupil in pupils},
         )
@@ -244,11 +246,11 @@ class _Stage:
         means = dict(zip(losses, stacked.tolist(), strict=True))
         lr = learning_rate(self.config, step - 1)
         self.journal.log({"stage": STAGE, "step": step, "lr": lr, "loss": means})
-        _check_losses(means, step, self.config.lr)
+        self._check_losses(means, step)
         if self.bad.longest > self.config.max_bad_steps:
             raise DivergedError(
                 f"stage 1 diverged: {self.bad.longest} steps in a row had gradients that are not finite, up to step "
-                f"{step}; the last good checkpoint is kept; lower lr (now {self.config.lr:g}) or use precision fp32"
+                f"{step}; {what_helps(self.journal, step, self.config, self.compute.precision)}"
             )
         mean = sum(means.values()) / max(1, len(means))
         self.journal.progress(
@@ -259,6 +261,8 @@ class _Stage:
     def errors(self, operators_by_path: Mapping[str, nn.Module] | None = None) -> dict[str, float]:
         """Held-out relative error of every operator (the training batch's, if nothing is held out)."""
         modules = operators_by_path or {pupil.path: pupil.operator for pupil in self.pupils}
+        if not modules:
+            return {}
         batches = self.validation or [self._first()]
         sums = {path: [RelativeError(self.compute.device) for _ in batches] for path in modules}
         parts = [(number, part) for number, whole in enumerate(batches) for part in whole]
@@ -305,9 +309,29 @@ class _Stage:
             self.compute.device,
         )  # fmt: skip
         self.journal.log({"stage": STAGE, "step": 0, "event": "start", "error": found})
+        self._check_start({path: error for kind in found.values() for path, error in kind.items()})
         if self.validation:
             self._note_best(0, self.errors())
         return found
+
+    def _check_start(self, errors: Mapping[str, float]) -> None:
+        """Raise DivergedError that names the first operator whose outputs are not finite before it has learnt."""
+        for pupil in self.pupils:
+            if not math.isfinite(errors[pupil.path]):
+                other = "" if self.compute.precision == "fp32" else ", or use precision fp32"
+                raise DivergedError(
+                    f"stage 1 can't begin: at {pupil.path} '{operator_name(pupil.operator)}' gives outputs that are "
+                    f"not finite on its donor's inputs, before the first step; look at its forward pass{other}"
+                )
+
+    def _check_losses(self, losses: Mapping[str, float], step: int) -> None:
+        """Raise DivergedError that names the first operator whose loss is not finite."""
+        bad = [path for path, value in losses.items() if not math.isfinite(value)]
+        if bad:
+            raise DivergedError(
+                f"stage 1 diverged: the loss of {bad[0]} is not finite at step {step}; "
+                f"{what_helps(self.journal, step, self.config, self.compute.precision)}"
+            )
 
     def _validate(self, step: int) -> None:
         learning = {pupil.path: pupil.operator for pupil in self.pupils if pupil.rested_at is None}
@@ -364,17 +388,8 @@ class _Stage:
         cost = sum(
             operators.cost_of(p.operator, num_tokens=p.site.num_tokens, dim=p.site.width).total
             for p in self.pupils
+            if p.parameters
         )
         stored = min(self.config.cache_samples, self.config.steps * self.config.batch_size)
-        teacher = stored if self.config.mode == "cached" else visits / self.config.reuse
+        teacher = stored if self.config.mode == "cached" and visits else visits / self.config.reuse
         return passes * teacher + 3 * cost * visits
-
-
-def _check_losses(losses: Mapping[str, float], step: int, lr: float) -> None:
-    """Raise DivergedError that names the first operator whose loss is not finite."""
-    bad = [path for path, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        raise DivergedError(
-            f"stage 1 diverged: the loss of {bad[0]} is not finite at step {step}; the last good checkpoint "
-            f"is kept; lower lr (now {lr:g}) or use precision fp32"
-        )

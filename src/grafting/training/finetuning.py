@@ -38,6 +38,7 @@ from grafting.training.loop import (
     samples_per_pass,
     split,
     step_index,
+    what_helps,
 )
 from grafting.training.objectives import mixed_loss
 from grafting.training.optimizers import BadSteps, Optimizers, make_optimizer
@@ -301,8 +302,8 @@ class _Stage:
         norm = torch.stack([norm for _, norm in window]).max().item()
         if too_many or not math.isfinite(loss):
             raise DivergedError(
-                f"stage 2 diverged: loss {loss} and gradient norm {norm} at step {step}; the last good checkpoint is "
-                f"kept; lower lr (now {self.config.lr:g}) or use precision fp32"
+                f"stage 2 diverged: loss {loss} and gradient norm {norm} at step {step}; "
+                f"{what_helps(self.journal, step, self.config, self.compute.precision)}"
             )
         self.journal.log({
             "stage": STAGE, "step": step, "lr": learning_rate(self.config, step - 1), "loss": loss, "terms": terms,

@@ -44,6 +44,13 @@ class Journal(Protocol):
     def scratch(self) -> Path | None: ...
 
 
+def what_helps(journal: Journal, step: int, config: Optimization, precision: str) -> str:
+    """The end of an error that training diverged: what is kept, what to change."""
+    kept = journal.keeps_checkpoints and step > config.checkpoint_every
+    lower = f"lower lr (now {config.lr:g})" + ("" if precision == "fp32" else " or use precision fp32")
+    return f"the last good checkpoint is kept; {lower}" if kept else lower
+
+
 @dataclass
 class Quiet:
     """A journal in memory, for library use."""

@@ -38,7 +38,11 @@ class Pupil:
     best_step: int = 0
     best_state: dict[str, Tensor] = field(default_factory=dict)
     stale: int = 0
-    rested_at: int | None = None
+    rested_at: int | None = None  # 0: it has nothing to learn
+
+    def __post_init__(self) -> None:
+        if not self.parameters:
+            self.rested_at = 0
 
     def gated(self, output: Tensor, tap: Tap) -> Tensor:
         """An output as the loss compares it: with `scaled`, times the block's gate."""

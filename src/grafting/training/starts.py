@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from grafting.depth import randomly_merged
 from grafting.families import Family, Tap
 from grafting.models.groups import BlockGroup
-from grafting.operators import Operator
+from grafting.operators import Operator, takes_donor
 from grafting.plan import Parallelize, Replace
 from grafting.surgery import make_operator, record_of
 from grafting.training.config import DistillConfig
@@ -55,7 +55,7 @@ def start_pupils(
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Fit the readouts (donor starts) in place; errors at step 0 of random, copied and fitted pupils, by path."""
     found = {"random": errors(_random(family, student, teacher, pupils))}
-    started = [pupil for pupil in pupils if pupil.entry.init == "donor"]
+    started = [pupil for pupil in pupils if pupil.entry.init == "donor" and _has_a_start(pupil.operator)]
     replaced, groups = (
         {p.path: p.operator for p in started if isinstance(p.entry, kind)} for kind in (Replace, Parallelize)
     )
@@ -71,6 +71,11 @@ def start_pupils(
                 )
                 copied = errors(groups) if groups else {}
     return found
+
+
+def _has_a_start(operator: nn.Module) -> bool:
+    """Whether there is another start than the random one: weights of the donor, or a readout that can be fitted."""
+    return isinstance(operator, (Operator, BlockGroup)) or takes_donor(type(operator))
 
 
 def _random(
