@@ -10,12 +10,17 @@ import pytest
 import torch
 from conftest import tiny_dit
 from stage_tools import STAGE_1
+from tiny_runs import tiny_recipe
 from torch import Tensor, nn
 
 from grafting import GraftPlan, Replace, distill, explain, finetune, graft
 from grafting.data import ImageLabelDataset
 from grafting.errors import DivergedError, PlanError
 from grafting.operators import AttentionDonor, Operator, build, cost_of, linear, register, registry
+from grafting.pipeline import Pipeline
+from grafting.recipes import load_recipe
+from grafting.rehearsal import rehearse
+from grafting.runs import RunFolder
 from grafting.training.loop import Quiet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +90,17 @@ def test_a_plan_of_which_nothing_is_trained(teacher: nn.Module, data: ImageLabel
     result = distill(student, teacher, data, STAGE_1)
     assert (result.steps, result.final_error) == (0, {})
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
+
+
+def test_what_has_nothing_to_learn_is_estimated(tmp_path: Path) -> None:
+    identity()
+    for others in ([], [{"replace": {"target": "mha", "layers": [2], "with": "hyena_x"}}]):
+        plan = [{"replace": {"target": "mha", "layers": [1], "with": "nothing"}}, *others]
+        recipe = load_recipe(tiny_recipe(tmp_path, plan=plan))
+        found = rehearse(Pipeline(recipe, RunFolder(tmp_path / "run")))
+        assert found["notes"] == []
+        assert (found["stages"]["distill"]["seconds"] > 0) is bool(others)
+        assert found["stages"]["distill"]["memory"]["total"] > 0
 
 
 def test_outputs_that_are_not_finite_are_the_operator_s(teacher: nn.Module, data: ImageLabelDataset) -> None:

@@ -51,7 +51,8 @@ def distill_memory(
     student = as_it_learns(student)
     places = {
         pupil.path: pupil.site.path for pupil in pupils_of(family_of(student), student, teacher, config)
-    }
+        if pupil.parameters
+    }  # fmt: skip
     paths, new, reference = list(places), new_parameters(student), _frozen(teacher, precision)
     held = config.num_validation * _sample_bytes(teacher)
 
@@ -278,8 +279,11 @@ def as_it_learns(student: nn.Module) -> nn.Module:
 
 def learning_sites(student: nn.Module) -> list[Site]:
     """What learns in stage 1, of a student as it learns: new operators, and groups of blocks."""
-    sites = [site for site, entry in edited_sites(student).values() if entry.train]
-    return sites + [site for site, entry in edited_groups(student).values() if entry.train]
+    found: list[tuple[Site, Any]] = [*edited_sites(student).values(), *edited_groups(student).values()]
+    return [
+        site for site, entry in found
+        if entry.train and any(p.requires_grad for p in site.donor.parameters())
+    ]  # fmt: skip
 
 
 def new_parameters(student: nn.Module) -> list[nn.Parameter]:
