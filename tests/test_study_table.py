@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from study_tools import half, tiny_study
+from study_tools import QUIET, half, tiny_study
 
 from grafting import explain, load_model
 from grafting.errors import RunError
-from grafting.recipes import EXPERIMENTS, Recipe, experiments, load_recipe
+from grafting.recipes import EXPERIMENTS, Recipe, experiments, load_recipe, parse_overrides
 from grafting.recipes.equal_budget import ORDER
-from grafting.recipes.rows import Row, UnavailableError, row_recipe
+from grafting.recipes.rows import Row, UnavailableError, check_stated, row_recipe
 from grafting.recipes.table import BASELINE, TABLE_4, plan_of
+from grafting.studies import rehearse_study, run_study
 from grafting.studies.findings import HOLDS, OPEN, test_claims
 from grafting.studies.identity import identity_of
 
@@ -122,6 +124,53 @@ def test_a_row_wins_over_the_study_and_the_user_over_the_preset() -> None:
         load_recipe("table4/teacher")
     with pytest.raises(RunError, match="mha-swa-50"):
         load_recipe("table4/nothing")
+
+
+def test_a_row_alone_has_what_the_user_sets_last() -> None:
+    plan = "[{replace: {target: mha, layers: [0], with: swa}}]"
+    mine = load_recipe("table4/mha-swa-50", [f"plan={plan}", "name=mine", "about=one layer", "seed=4"])
+    assert mine.plan[0]["replace"]["layers"] == [0]
+    assert (mine.name, mine.about, mine.seed) == ("mine", "one layer", 4)
+    budget = load_recipe("equal-budget/mha-hyena_x-ours-s1", ["finetune.lr=0.5", "distill.fit_readout=false"])
+    assert budget.finetune is not None
+    assert budget.distill is not None
+    assert (budget.finetune.lr, budget.finetune.optimizer) == (0.5, "muon")  # the rest is the row's
+    assert not budget.distill.fit_readout
+    part = load_recipe("data-scale/mha-self-data5", ["finetune.fraction=0.25"])
+    assert part.finetune is not None
+    assert part.finetune.fraction == 0.25
+    begun = load_recipe("table4/mha-random-100", ["distill.steps=3"])
+    assert begun.distill is not None
+    assert (begun.distill.steps, begun.finetune) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "given", "key"),
+    [
+        ("layer-choice", "mha-hyena_x-deep", ["plan=[{replace: {target: mha, layers: [0], with: swa}}]"], "plan"),
+        ("equal-budget", "mha-hyena_x-paper-lr1e-4", ["finetune.lr=0.5"], "finetune.lr"),
+        ("equal-budget", "mha-swa-paper-s1", ["finetune.optimizer=muon"], "finetune.optimizer"),  # of the best
+        ("equal-budget", "mlp-r3-ours-s0", ["finetune.objectives.output=2"], "finetune.objectives"),
+        ("data-scale", "mha-self-data5", ["finetune.fraction=0.25"], "finetune.fraction"),
+    ],
+)  # fmt: skip
+def test_a_study_refuses_what_one_of_its_rows_states(
+    name: str, row: str, given: list[str], key: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=rf"{key}=.* is given and row '{row}' states .* leave {key} out"):
+        run_study(name, tmp_path / "new", QUIET, only=[row], changes=given)
+    with pytest.raises(RunError, match=rf"row '{row}'"):
+        rehearse_study(name, tmp_path / "new", only=[row], changes=given)
+    assert not (tmp_path / "new").exists()
+    check_stated(EXPERIMENTS[name], EXPERIMENTS[name].rows[:1], parse_overrides(given))  # of no wanted row
+
+
+def test_a_study_takes_what_no_row_states_otherwise() -> None:
+    budget, table = EXPERIMENTS["equal-budget"], EXPERIMENTS["table4"]
+    equal = {"finetune": {"optimizer": "muon", "lr": 1e-3, "objectives": {"output": 1.0}}}
+    check_stated(budget, [budget.row("mha-swa-ours-s0")], equal)
+    check_stated(budget, budget.rows, {"distill": None, "finetune": None, "preset": "paper", "seed": 3})
+    check_stated(table, table.rows, {"distill": {"steps": 3}, "finetune": {"lr": 1e-4}, "init": "donor"})
 
 
 def test_init_of_a_recipe_is_that_of_entries_without_one() -> None:

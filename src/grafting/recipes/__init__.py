@@ -94,7 +94,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _experiment(source: str, overrides: Sequence[str]) -> Recipe | None:
-    """A row of the paper's table as its study would run it; None for a source that names none."""
+    """A row of the paper's table as its study would run it, but for the overrides; None for a source that names none."""
     name, slash, row = source.partition("/")
     if not slash or name not in EXPERIMENTS or Path(source).is_file():
         return None
@@ -102,7 +102,7 @@ def _experiment(source: str, overrides: Sequence[str]) -> Recipe | None:
     found = study.row(row)
     if found.teacher is not None or found.best_of:
         raise RunError(f"row {source!r} makes sense within its study only: graft study {name} --only {row}")
-    return row_recipe(study, found, parse_overrides(overrides))
+    return row_recipe(study, found, parse_overrides(overrides), alone=True)
 
 
 def _override(data: dict[str, Any], text: str) -> None:

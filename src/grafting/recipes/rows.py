@@ -1,13 +1,14 @@
 """A study is a table: rows that differ in a few settings, the paper's figures, and what is claimed of them.
 
 `row_recipe` makes a row a recipe. Defaults, from the bottom: the preset; the testbed or the recipe of the study;
-what the user set; the row.
+what the user set; the row. Of a row that runs alone the user's word is the last; in a study, where rows differ in
+just what they state, `check_stated` refuses a word against it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,17 +101,19 @@ def testbed_of(given: Mapping[str, Any]) -> str:
 
 
 def row_recipe(
-    study: Study, row: Row, given: Mapping[str, Any], base: Mapping[str, Any] | None = None, seed: int | None = None
+    study: Study, row: Row, given: Mapping[str, Any], base: Mapping[str, Any] | None = None, seed: int | None = None,
+    alone: bool = False,
 ) -> Recipe:  # fmt: skip
     """The recipe of a row.
 
     given: what the user set, as a nested mapping. base: content of the study's packaged recipe, if it has one.
+    alone: the row runs outside its study, so that what the user set goes over the row too.
     Raises UnavailableError (the row needs other data), RunError.
     """
     testbed = testbed_of(given)
     if base is None:
         base = {"preset": given.get("preset", "small"), **TESTBEDS[testbed]}
-    data = merged(merged(base, given), row.changes)
+    data = merged(merged(base, given), merged(row.changes, given) if alone else row.changes)
     data |= {stage: None for stage in ("distill", "finetune") if stage in given and given[stage] is None}
     preset = data.get("preset", "grafting")
     if preset not in PRESETS:
@@ -119,7 +122,7 @@ def row_recipe(
         )
     data = copy.deepcopy(merged(PRESETS[preset], data))
     if not study.recipe:
-        _set_share(row, data, given)
+        _set_share(row, data, given, alone)
     for entry in data.get("plan") or []:
         body = entry.get("replace", {})
         if body.get("layers") == "five":
@@ -127,17 +130,67 @@ def row_recipe(
     if row.teacher is not None:
         data.setdefault("plan", _SOME_PLAN)
     data |= {"name": row.name, "about": row.label, "seed": (seed or data.get("seed") or 0) + row.seed}
+    if alone:
+        data |= {key: given[key] for key in ("name", "about") if key in given}
     recipe = settings(Recipe, data, f"study {study.name!r}, row {row.name!r}")
     return _times(recipe, row.times) if row.times else recipe
+
+
+def check_stated(study: Study, rows: Sequence[Row], given: Mapping[str, Any]) -> None:
+    """Refuse what the user set against what one of these rows states: the rows differ in just that. Raises RunError.
+
+    A stage that a row leaves out has no settings to differ in, and a stage that the user leaves out no row has.
+    """
+    for row in rows:
+        for source in (row, *(study.row(name) for name in row.best_of)):
+            for key, (mine, theirs) in _against(given, _stated(study, source)).items():
+                raise RunError(
+                    f"study {study.name!r}: {key}={_short(mine)} is given and row {row.name!r} states "
+                    f"{_short(theirs)}, which is what it is compared by: leave {key} out, or leave the row out "
+                    "with --only"
+                )
+
+
+def _stated(study: Study, row: Row) -> dict[str, Any]:
+    """What a row sets in a recipe."""
+    part = _share_of_stage_2(row)
+    if study.recipe or part == 1.0 or row.changes.get("finetune", {}) is None:
+        return dict(row.changes)
+    return merged(row.changes, {"finetune": {"fraction": part}})
+
+
+def _against(
+    given: Mapping[str, Any], stated: Mapping[str, Any], above: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Key -> (given, stated) where both say something and not the same; parts of a stage by `stage.key`."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in given.keys() & stated.keys():
+        mine, theirs = given[key], stated[key]
+        stages = isinstance(mine, Mapping), isinstance(theirs, Mapping)
+        if all(stages) and key != "objectives":
+            found |= _against(mine, theirs, f"{above}{key}.")
+        elif mine != theirs and not (any(stages) and (mine is None or theirs is None)):
+            found[above + key] = mine, theirs
+    return dict(sorted(found.items()))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _SOME_PLAN = [{"replace": {"target": "mha", "layers": "all", "with": "mha"}}]  # of a row that edits nothing
 
 
-def _set_share(row: Row, data: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Which fraction of the data both stages see, and which of that stage 2 sees."""
+def _share_of_stage_2(row: Row) -> float:
+    """Which fraction of the study's data stage 2 of a row sees."""
     share = row.share or STANDARD_SHARE
-    base = max(share, STANDARD_SHARE)
+    return share / max(share, STANDARD_SHARE)
+
+
+def _set_share(row: Row, data: dict[str, Any], given: Mapping[str, Any], alone: bool) -> None:
+    """Which fraction of the data both stages see, and which of that stage 2 sees."""
+    base = max(row.share or STANDARD_SHARE, STANDARD_SHARE)
     if "fraction" in given and base > STANDARD_SHARE:
         raise UnavailableError(
             f"row {row.name!r} needs {base:.0%} of the training set, and a given fraction makes the data the "
@@ -151,8 +204,9 @@ def _set_share(row: Row, data: dict[str, Any], given: Mapping[str, Any]) -> None
                 "of it: give the whole, such as --data fashion:FOLDER"
             )
         data["fraction"] = base / held
-    if share < base and data.get("finetune", {}) is not None:
-        data["finetune"] = {**data.get("finetune", {}), "fraction": share / base}
+    part, theirs = _share_of_stage_2(row), given.get("finetune") or {}
+    if part < 1.0 and data.get("finetune", {}) is not None and not (alone and "fraction" in theirs):
+        data["finetune"] = {**data.get("finetune", {}), "fraction": part}
 
 
 def _times(recipe: Recipe, factors: Mapping[str, float]) -> Recipe:

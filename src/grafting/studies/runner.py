@@ -21,7 +21,7 @@ from grafting import processes
 from grafting.console import Console
 from grafting.errors import GraftError, Interrupted, InUseError, RunError
 from grafting.formats import weights
-from grafting.recipes.rows import Row, Study, UnavailableError
+from grafting.recipes.rows import Row, Study, UnavailableError, check_stated
 from grafting.report.study import write_study
 from grafting.runs import FolderLock
 from grafting.studies.collect import collect
@@ -105,6 +105,7 @@ def _wanted(
     for other in reuse:
         if not (other / "shared").is_dir():
             raise RunError(f"--reuse {str(other)!r}: no folder of a study (it has no shared/)")
+    check_stated(study, rows, setting.given)
     return setting, rows
 
 
