@@ -275,9 +275,15 @@ def test_config_keeps_what_was_given() -> None:
         operators.config_of("mlp", [3])  # type: ignore[arg-type]
 
 
-def test_an_unknown_operator_names_the_package_that_has_it() -> None:
-    with pytest.raises(OperatorError, match="registered by the package 'acme': import acme first"):
-        operators.get("acme_mixer", package="acme")
+def test_an_unknown_operator_names_the_module_that_has_it() -> None:
+    with pytest.raises(OperatorError, match=r"registered by 'acme\.ops': import acme\.ops first"):
+        operators.get("acme_mixer", package="acme.ops")
+    with pytest.raises(OperatorError, match="by a module of 'json' that importing json does not import"):
+        operators.get(
+            "acme_mixer", package="json"
+        )  # imported, as an earlier file's package that has it deeper
+    with pytest.raises(OperatorError, match=r"defined in a script or notebook: run its definition"):
+        operators.get("acme_mixer", package="__main__")
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 from conftest import tiny_dit
 from pixart_tools import tiny_transformer
 
-from grafting import families, load_model, operators, plugins, save_model
-from grafting.errors import CheckpointError, GraftError
+from grafting import families, graft, load_graft, load_model, operators, plugins, save_graft, save_model
+from grafting.errors import CheckpointError, GraftError, OperatorError
 from grafting.families import base
 from grafting.operators import registry
 
@@ -65,6 +65,50 @@ def test_a_module_named_in_the_environment_registers_its_operators_and_families(
     assert operators.get("acme_mixer").package == acme
     assert "acme_mixer" in operators.names()
     assert "acme" in families.families()
+
+
+def test_a_graft_names_the_module_of_a_package_that_registers_its_operator(
+    acme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "acme_parts").mkdir()
+    (tmp_path / "acme_parts" / "__init__.py").write_text("")
+    (tmp_path / "acme_parts" / "ops.py").write_text(ACME.split("class AcmeFamily")[0])
+    known = dict(registry._entries)
+    monkeypatch.setenv(plugins.VARIABLE, "acme_parts.ops")
+    teacher, plan = tiny_dit(), [{"replace": {"target": "mha", "layers": [1], "with": "acme_mixer"}}]
+    save_graft(graft(teacher, plan), tmp_path / "g")
+
+    def forgotten(variable: str) -> None:
+        monkeypatch.setattr(registry, "_entries", dict(known))
+        monkeypatch.setattr(plugins, "_imported", set())
+        monkeypatch.delitem(sys.modules, "acme_parts.ops", raising=False)
+        monkeypatch.setenv(plugins.VARIABLE, variable)
+
+    forgotten("acme_parts")  # which imports no module of its own
+    with pytest.raises(OperatorError, match=r"by 'acme_parts\.ops': import acme_parts\.ops first"):
+        load_graft(tmp_path / "g", base=teacher)
+    file = tmp_path / "g" / "graft.json"
+    now = file.read_text()
+    file.write_text(now.replace("acme_parts.ops", "acme_parts"))  # as it was written once
+    with pytest.raises(OperatorError, match="import that module first"):
+        load_graft(tmp_path / "g", base=teacher)
+    forgotten("acme_parts.ops")
+    load_graft(tmp_path / "g", base=teacher)
+
+
+def test_a_graft_by_an_operator_of_a_script_is_saved_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    exec(ACME.split("class AcmeFamily")[0], {"__name__": "__main__"})
+    teacher, plan = tiny_dit(), [{"replace": {"target": "mha", "layers": [1], "with": "acme_mixer"}}]
+    student = graft(teacher, plan)
+    with pytest.warns(UserWarning, match="'acme_mixer' is defined in a script or notebook.*into a module"):
+        save_graft(student, tmp_path / "g")
+    load_graft(tmp_path / "g", base=teacher)  # where it is defined
+    del registry._entries["acme_mixer"]
+    with pytest.raises(OperatorError, match="'acme_mixer': it was defined in a script or notebook"):
+        load_graft(tmp_path / "g", base=teacher)
 
 
 def test_a_model_that_nobody_knows_is_asked_of_the_plugins(acme: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from grafting.errors import CheckpointError, GraftError
 from grafting.families import families, family_of, unwrap
 from grafting.formats import limits, weights
 from grafting.lora import Lora, add_lora, lora_of, module_state, plain_name, plain_state
+from grafting.operators.registry import is_of_a_script
 from grafting.plan import GraftPlan
 from grafting.plugins import HOW
 from grafting.surgery import GraftRecord, graft, pipeline_source, record_of, set_record
@@ -38,7 +40,8 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
     """Save an edited model to `folder`: the plan, the tensors that differ from its base, and the base's name and hash.
 
     Raises CheckpointError for a model that was not edited or that its plan would not give again (modules exchanged by
-    hand, adapters that finetune did not add), and where the folder can't be written.
+    hand, adapters that finetune did not add), and where the folder can't be written. Warns of an operator that only
+    this script or notebook defines.
     """
     folder, model = Path(folder), unwrap(model)
     record = record_of(model)
@@ -59,6 +62,13 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
     self_contained = not record.base_digests or kept < (1 - SELF_CONTAINED_FROM) * total
     tensors = {name: tensor for name, tensor in state.items() if self_contained or name in changed}
     used = sorted({entry.operator for entry in record.plan.sites.values()})
+    packages = {name: operators.get(name).package for name in used}
+    if of_a_script := [name for name, package in packages.items() if is_of_a_script(package)]:
+        warnings.warn(
+            f"{folder}: operator {', '.join(map(repr, of_a_script))} is defined in a script or notebook, so nothing "
+            "else can load this graft without that definition: move it into a module of its own, import that, and save",
+            stacklevel=2,
+        )
     sha256 = weights.combined_digest({name: now[name] for name in tensors})
     file = f"graft-{sha256[:12]}.safetensors"  # named by content: the manifest never points at other tensors
     weights.write_safetensors(folder / file, tensors)
@@ -67,7 +77,7 @@ def save_graft(model: nn.Module, folder: str | Path) -> None:
         "version": VERSION,
         "plan": record.plan.to_dict(),
         "seed": record.seed,
-        "operators": {name: operators.get(name).package for name in used},
+        "operators": packages,
         "architecture": record.architecture,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
         "origin": record.source,  # of the rest of a pipeline, also where the weights need no base
@@ -248,7 +258,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path}: key 'base' needs a hash and a source")
     if not all(isinstance(v, str) for v in manifest["operators"].values()):
-        raise CheckpointError(f"{path}: key 'operators' maps names to packages")
+        raise CheckpointError(f"{path}: key 'operators' maps names to modules")
     return manifest
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -56,7 +57,7 @@ def register(
     """Class decorator that makes an `nn.Module` [B, N, D] -> [B, N, D] known as the operator `name`.
 
     `targets`: which kinds of site it may replace. `package`: what must be imported to have it (default: the
-    top-level package of the class); a saved graft stores it. Raises `OperatorError` if the name is taken.
+    module that defines the class); a saved graft stores it. Raises `OperatorError` if the name is taken.
     """
     kinds = (targets,) if isinstance(targets, str) else tuple(targets)
     if not isinstance(name, str) or not name.strip():
@@ -74,8 +75,7 @@ def register(
                 f"give {_identity(cls)} another name"
             )
         config, dimensions = _read_signature(name, cls)
-        owner = package or cls.__module__.partition(".")[0]
-        _entries[name] = Entry(name, cls, kinds, owner, config, dimensions)
+        _entries[name] = Entry(name, cls, kinds, package or cls.__module__, config, dimensions)
         return cls
 
     return decorate
@@ -90,8 +90,8 @@ def names() -> list[str]:
 def get(name: str, package: str | None = None) -> Entry:
     """The entry of a registered operator.
 
-    `package`: which package is known to register it (a saved graft stores that), for the error if it is not
-    registered. Raises `OperatorError`.
+    `package`: which module or package is known to register it (a saved graft stores that), for the error if it is
+    not registered. Raises `OperatorError`.
     """
     if not isinstance(name, str) or name not in _entries:
         load_plugins()
@@ -100,10 +100,27 @@ def get(name: str, package: str | None = None) -> Entry:
         return entry
     message = f"unknown operator {_short(name)}"
     if package and package != "grafting":
-        raise OperatorError(
-            f"{message}: it is registered by the package '{package}': import {package} first, or name it in {VARIABLE}"
-        )
+        raise OperatorError(f"{message}: {_how_to_have(package)}")
     raise OperatorError(f"{message}{_did_you_mean(name, _entries)}; registered: {', '.join(_entries)}")
+
+
+def is_of_a_script(module: str) -> bool:
+    """Whether this module is a script or notebook, which no other process can import."""
+    return module in ("__main__", "__mp_main__")
+
+
+def _how_to_have(package: str) -> str:
+    if is_of_a_script(package):
+        return (
+            "it was defined in a script or notebook: run its definition (@register) there first, or move it into a "
+            f"module and import that or name it in {VARIABLE}"
+        )
+    if package in sys.modules:  # earlier files name the top-level package alone
+        return (
+            f"it is registered by a module of '{package}' that importing {package} does not import: import that "
+            f"module first, or name it in {VARIABLE}"
+        )
+    return f"it is registered by '{package}': import {package} first, or name it in {VARIABLE}"
 
 
 def config_of(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:

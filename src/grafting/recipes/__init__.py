@@ -94,7 +94,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _experiment(source: str, overrides: Sequence[str]) -> Recipe | None:
-    """A row of the paper's table as its study would run it, but for the overrides; None for a source that names none."""
+    """A row of the paper's table as its study would run it, overrides apart; None for a source that names none."""
     name, slash, row = source.partition("/")
     if not slash or name not in EXPERIMENTS or Path(source).is_file():
         return None
