@@ -101,9 +101,7 @@ def test_what_rows_share_is_counted_once(world: Path, tmp_path: Path) -> None:
 def test_rows_that_ask_otherwise_share_nothing(world: Path, tmp_path: Path) -> None:
     seeded = Row("seeded", "Another seed", half(), seed=1)
     features = Row("features", "Features", {**half(), "finetune": {"objectives": {"features": 1.0}}})
-    found = rehearsed(
-        tiny_study(HALF, seeded, features), world, tmp_path, "finetune.objectives={output: 1.0}"
-    )
+    found = rehearsed(tiny_study(HALF, seeded, features), world, tmp_path)  # by `output`, as the preset says
     times = seconds_of(found)
     assert times["seeded"] == pytest.approx(times["half"])
     assert times["features"]["finetune"] == pytest.approx(times["half"]["finetune"])

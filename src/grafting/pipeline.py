@@ -36,6 +36,7 @@ from grafting.parts import remove_parts
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder
 from grafting.runs.trackers import check_trackers
+from grafting.sizes import resized
 from grafting.surgery import explain, graft, record_of
 from grafting.synthesis import Synthesis
 from grafting.synthesis import synthesize as make_pairs
@@ -76,7 +77,7 @@ class Pipeline:
             )  # fmt: skip
             if family_of(teacher).num_classes(teacher) is None and self.recipe.synthesize is None:
                 # it takes the size of the data
-                teacher = family_of(teacher).resized(teacher, *self.data.shape[1:])
+                teacher = resized(teacher, *self.data.shape[1:])
             self._teacher = teacher
         return self._teacher
 

@@ -13,6 +13,7 @@ from grafting.data.text import CaptionDataset, CaptionSource
 from grafting.errors import GraftError
 from grafting.families import family_of
 from grafting.formats.pipeline_folder import home_of, vae_factor
+from grafting.sizes import resized
 
 
 def text_inputs(
@@ -76,7 +77,7 @@ def at_size(
     family = family_of(model)
     rows, columns = latent or family.sample_shape(model)[1:]
     if size == (None, None):
-        return family.resized(model, rows, columns)
+        return resized(model, rows, columns)
     factor = vae_factor(home_of(model, ("vae",)))
     height, width = size[0] or rows * factor, size[1] or columns * factor
     if height % factor or width % factor:
@@ -84,4 +85,4 @@ def at_size(
             f"images of {height}x{width} pixels: the VAE makes {factor}x{factor} pixels of a latent; "
             f"give multiples of {factor}"
         )
-    return family.resized(model, height // factor, width // factor)
+    return resized(model, height // factor, width // factor)
