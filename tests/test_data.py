@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from grafting.data import DataSource, ImageLabelDataset, load_dataset
+from grafting.data import DataSource, ImageLabelDataset, as_data, load_dataset
 from grafting.data.fashion import load_full, packaged_subset, to_pixels
 from grafting.data.idx import read_idx
 from grafting.data.npz import NpzReader
@@ -193,6 +193,23 @@ def test_content_hash_sees_every_part() -> None:
 def test_dataset_says_what_is_wrong(x: torch.Tensor, y: torch.Tensor, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         ImageLabelDataset(x, y, num_classes=10)
+
+
+def test_floating_pixels_that_are_grey_levels_are_refused() -> None:
+    grey, y = torch.tensor([0.0, 255.0, 30.0, 7.0]).reshape(2, 1, 1, 2), torch.zeros(2).long()
+    said = (
+        r"of 1 channel with values 0 to 255; pixels are expected in \[-1, 1\]: give uint8, or x / 127\.5 - 1"
+    )
+    with pytest.raises(DataError, match=said):
+        ImageLabelDataset(grey, y)
+    with pytest.raises(DataError, match="of 3 channels"):
+        as_data([(image.expand(3, 1, 2), 0) for image in grey.half()])
+    for taken in (grey.to(torch.uint8), grey / 127.5 - 1, grey / 255, grey.expand(2, 4, 1, 2), grey / 10 - 3):
+        data = ImageLabelDataset(taken, y)
+        assert len(data.subset(0.5)) == 1  # of which one example may look otherwise than all
+    mixed = torch.tensor([-0.5, 9.0]).reshape(2, 1, 1, 1)
+    train, held = ImageLabelDataset(mixed, y).split(1)
+    assert len(train) == len(held) == 1
 
 
 def test_dataset_checks_indices_and_models(dataset: ImageLabelDataset) -> None:

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_dit
@@ -164,6 +165,11 @@ def test_an_item_that_can_not_be_read_is_named_with_its_reason() -> None:
         as_data([(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 4, 4), 0)])
     with pytest.raises(DataError, match="labels must be 0"):
         as_data([(torch.zeros(1, 8, 8), -1)])
+    for label in (0.0, 1.5, torch.tensor(1.0), True, torch.tensor([1, 2])):  # as in a TensorDataset
+        with pytest.raises(DataError, match=r"item 0 of list.*the label is .*, expected one integer"):
+            as_data([(torch.zeros(1, 8, 8), label)])
+    for number in (2, np.int64(2), np.array([2]), torch.tensor(2, dtype=torch.uint8), torch.tensor([2])):
+        assert as_data([(torch.zeros(1, 8, 8), number)]).batch([0])[1].tolist() == [2]
     with pytest.raises(DataError, match="list has no items"):
         as_data([])
 

@@ -5,6 +5,7 @@ Axes: N examples, C channels, H height, W width.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +20,8 @@ from grafting.errors import DataError
 
 Indices = Sequence[int] | np.ndarray | Tensor
 _CHUNK = 4096
+_PIXEL_CHANNELS = (1, 3)  # other numbers are latents
+_NO_PIXEL = 4.0  # pixels in [-1, 1], however they were normalised, stay below
 
 
 class DataSource(Protocol):
@@ -51,9 +54,10 @@ class DataSource(Protocol):
 class ImageLabelDataset:
     """Images or latents x [N, C, H, W] with labels y [N], in memory.
 
-    `x` may be uint8 (grey levels, read as `x / 127.5 - 1`) or floating (taken as it is); `batch` and `x`
-    always give float32. Raises `DataError` for another shape or type, values that are not finite, labels
-    outside `0..num_classes - 1`, or no examples. `num_classes` defaults to the largest label plus one.
+    `x` may be uint8 (grey levels, read as `x / 127.5 - 1`) or floating (taken as it is: pixels, which have one or three
+    channels, in [-1, 1]); `batch` and `x` always give float32. Raises `DataError` for another shape or type, values
+    that are not finite, floating pixels that look like 0..255, labels outside `0..num_classes - 1`, or no examples.
+    `num_classes` defaults to the largest label plus one.
     """
 
     def __init__(self, x: Tensor, y: Tensor, *, name: str = "data", num_classes: int | None = None) -> None:
@@ -72,6 +76,7 @@ class ImageLabelDataset:
         if low < 0 or high >= classes:
             raise DataError(f"{name}: labels must be 0..{classes - 1}, got {low}..{high}")
         _check_finite(x, name)
+        _check_pixels(x, name)
         self.name = name
         self.num_classes = classes
         self._x = x.contiguous()
@@ -138,8 +143,13 @@ class ImageLabelDataset:
         check_against(self, channels, size, num_classes)
 
     def _take(self, indices: np.ndarray, name: str) -> ImageLabelDataset:
-        index = torch.from_numpy(indices)
-        return ImageLabelDataset(self._x[index], self.y[index], name=name, num_classes=self.num_classes)
+        index, part = (
+            torch.from_numpy(indices),
+            copy.copy(self),
+        )  # what was checked of the whole holds for a part
+        part.__dict__.pop("content_hash", None)
+        part._x, part.y, part.name = self._x[index], self.y[index], name
+        return part
 
 
 def check_against(data: DataSource, channels: int, size: int, num_classes: int) -> None:
@@ -175,3 +185,16 @@ def _check_finite(x: Tensor, name: str) -> None:
 
 def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
+
+
+def _check_pixels(x: Tensor, name: str) -> None:
+    """Refuse floating pixels whose values are grey levels: training on them fails in silence."""
+    if not x.is_floating_point() or x.shape[1] not in _PIXEL_CHANNELS:
+        return
+    ends = [torch.aminmax(x[start : start + _CHUNK].float()) for start in range(0, len(x), _CHUNK)]
+    low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
+    if low >= 0.0 and high > _NO_PIXEL:
+        raise DataError(
+            f"{name}: floating-point images of {x.shape[1]} channel{'s' if x.shape[1] > 1 else ''} with values "
+            f"{low:g} to {high:g}; pixels are expected in [-1, 1]: give uint8, or x / 127.5 - 1"
+        )

@@ -83,7 +83,9 @@ def as_data(data: Any) -> DataSource:
     A `DataSource` is taken as it is; a packaged name or a path goes to `load_dataset`. An `ImageLabelDataset` is made
     of a pair (x [N, C, H, W], y [N]) of tensors or arrays, {"x": ..., "y": ...}, a `TensorDataset` of the two, a
     map-style dataset of pairs (image, label) or items {"x": ..., "y": ...}, or a `DataLoader` of such, of which the
-    dataset alone is taken: batches and their order are the stage's own. Raises DataError.
+    dataset alone is taken: batches and their order are the stage's own. Images are uint8, or floating and then taken as
+    they are: pixels in [-1, 1], not in [0, 1]; latents at the scale of the model's VAE. Labels are integers.
+    Raises DataError.
     """
     if isinstance(data, (str, Path)):
         return load_dataset(data)
@@ -121,7 +123,7 @@ def _from_pairs(pairs: Any) -> ImageLabelDataset:
             item = pairs[index]
             x, y = (item["x"], item["y"]) if isinstance(item, Mapping) else item
             images.append(torch.as_tensor(x))
-            labels.append(int(y))
+            labels.append(_label(y))
         except Exception as error:  # of the dataset's own code, too
             reason = next(iter(str(error).splitlines()), "")[:200]
             raise DataError(
@@ -136,6 +138,14 @@ def _from_pairs(pairs: Any) -> ImageLabelDataset:
     if not images:
         raise DataError(f"data: {type(pairs).__name__} has no items")
     return ImageLabelDataset(torch.stack(images), torch.tensor(labels))
+
+
+def _label(y: Any) -> int:
+    """A class number of an item: the kinds that a tensor of labels may have. Raises TypeError."""
+    label = torch.as_tensor(y)
+    if label.numel() != 1 or label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+        raise TypeError(f"the label is {y!r}, expected one integer")
+    return int(label)
 
 
 def _fashion(images: np.ndarray, labels: np.ndarray, name: str) -> ImageLabelDataset:
