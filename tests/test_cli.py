@@ -211,6 +211,15 @@ def test_run_end_to_end_and_again(run: Graft, world: Path, tmp_path: Path) -> No
     assert code == 0
     assert json.loads(text)["metrics"]["fd"]["a"] == evaluation["student"]["metrics"]["fd"]
     before = contents(out)
+    code, _, stderr = run("run", world / "tiny.yaml", "--out", out, "--resume", "--set", "distill.steps=5")
+    assert code == 2
+    assert (
+        f"(different: distill.steps); go on with its own, which has what was set at its start (graft run {out}/rec"
+        in stderr
+    )
+    assert run("run", out / "recipe.yaml", "--out", out, "--resume")[0] == 0
+    assert set(contents(out)) == set(before)
+    before = contents(out)
     code, _, stderr = run("run", world / "tiny.yaml", "--out", out)
     assert code == 2
     assert "--resume" in stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -96,8 +97,9 @@ class RunFolder:
             differing = sorted(set(differences(existing, recipe)) - FREE_KEYS)
             if differing:
                 raise RunError(
-                    f"{where!r} holds a run of another recipe (different: {', '.join(differing)}); "
-                    "give another --out"
+                    f"{where!r} holds a run of another recipe (different: {', '.join(differing)}); go on with its own, "
+                    f"which has what was set at its start (graft run {shlex.quote(f'{where}/recipe.yaml')} --out "
+                    f"{shlex.quote(where)} --resume), or give another --out"
                 )
             if existing != recipe:
                 weights.write_bytes(self.path / "recipe.yaml", dump_yaml(recipe).encode())
