@@ -121,6 +121,21 @@ def test_a_recipe_is_rehearsed_without_weights_and_data(
         assert words in text
     assert list(tmp_path.iterdir()) == [recipe]
 
+    (tmp_path / "runs/run").mkdir(parents=True)
+    (tmp_path / "runs/run/run.json").write_text("{}")
+    with pytest.raises(SystemExit) as stop:  # the folder is taken that nobody has asked for
+        cli.main()
+    assert not stop.value.code
+    note = (
+        "# note: without --dry-run this would be refused: 'runs/run' already holds a run; go on with --resume"
+    )
+    assert capsys.readouterr().out.splitlines()[-1].startswith(note)
+    monkeypatch.setattr(sys, "argv", ["graft", "run", str(recipe), "--dry-run", "--out", "runs/run"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "already holds a run" in capsys.readouterr().err
+
     monkeypatch.setattr(sys, "argv", ["graft", "run", str(recipe), "--dry-run", "--set", "model=gone.pt"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

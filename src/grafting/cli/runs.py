@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from grafting.cli.options import (
     Set,
     Source,
 )
+
+if TYPE_CHECKING:
+    from grafting.runs import RunFolder
 
 
 @app.command()
@@ -55,6 +58,7 @@ def run(
     device: Device = "cpu", dtype: Dtype = None, seed: OwnSeed = None,
 ) -> None:  # fmt: skip
     """Run a recipe: synthesize, graft, distill, finetune, sample, evaluate, report."""
+    from grafting.errors import RunError
     from grafting.pipeline import Pipeline
     from grafting.processes import is_one_of_several
     from grafting.recipes import load_recipe
@@ -73,11 +77,15 @@ def run(
         from grafting.rehearsal import in_words, rehearse
         from grafting.yaml_io import dump_yaml
 
-        RunFolder(folder).check_free(resume=resume)
+        taken = _refusal(RunFolder(folder), resume)
+        if taken and out is not None:
+            raise RunError(taken)
         found = rehearse(Pipeline(resolved, RunFolder(folder, new_console()), device), processes=processes)
         print(dump_yaml(resolved.to_dict()), end="")
         for line in in_words(found):
             print(f"# {line}")  # what is printed stays a recipe
+        if taken:
+            print(f"# note: without --dry-run this would be refused: {taken}")
         return
     pipeline = Pipeline(resolved, RunFolder(folder, new_console()), device)
     pipeline.check(to_the_end=True)
@@ -98,7 +106,7 @@ def run(
 def apply(
     source: Source, out: Annotated[Path, typer.Option(help="Run folder to make.")],
     plan: Annotated[Path | None, typer.Option(help="Plan file, YAML or JSON.")] = None,
-    student: Annotated[str | None, typer.Option(help="Folder of a graft, instead of a plan.")] = None,
+    student: Annotated[str | None, typer.Option(help="Folder of a graft or of a run, instead of a plan.")] = None,
     data: Annotated[str, typer.Option(help="Data of the later stages.")] = "fashion-10",
     num_heads: Heads = None, locality: Locality = None, device: Device = "cpu", dtype: Dtype = None, seed: Seed = 0,
 ) -> None:  # fmt: skip
@@ -177,6 +185,17 @@ def _stage(
     console.close()
     if pipeline.compute.is_main:
         print(f"{stage}: {folder}")
+
+
+def _refusal(run: RunFolder, resume: bool) -> str | None:
+    """Why a run could not be in this folder, if so."""
+    from grafting.errors import RunError
+
+    try:
+        run.check_free(resume=resume)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def _print_results(folder: Path) -> None:
