@@ -21,7 +21,7 @@ from latent_tools import save_vae
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grafting import cli, load_model
+from grafting import cli, load_graft, load_model
 from grafting.diffusion import sample
 from grafting.errors import CheckpointError
 from grafting.formats.published import import_published
@@ -221,6 +221,14 @@ def test_an_imported_graft_goes_on_in_a_run_folder(run: Graft, tmp_path: Path) -
     assert run(*arguments, "--student", tmp_path / "g", "--out", tmp_path / "applied")[0] == 0
     applied = load_model(tmp_path / "applied").state_dict()
     assert all(torch.equal(applied[key], tensor) for key, tensor in imported.state_dict().items())
+    # a run stands for its graft
+    assert run(*arguments, "--student", tmp_path / "run", "--out", tmp_path / "again")[0] == 0
+    again = load_model(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[key], tensor) for key, tensor in tuned.state_dict().items())
+    assert record_of(load_graft(tmp_path / "run")).plan == record_of(tuned).plan
+    code, _, stderr = run(*arguments, "--student", tmp_path, "--out", tmp_path / "neither")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "is not a graft: it has no graft.json, nor a run's graft/graft.json" in stderr
     # what does not fit is one line
     code, _, stderr = run(*arguments, "--out", tmp_path / "neither")
     assert (code, stderr.count("\n")) == (2, 1)

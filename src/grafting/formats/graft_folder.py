@@ -110,12 +110,19 @@ def is_graft_folder(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def graft_in(folder: str | Path) -> Path:
+    """The graft of a folder: itself, or that of a run (`graft/`) or a saved pipeline (`transformer/`) around it."""
+    places = (Path(folder) / inner for inner in ("", "graft", "transformer"))
+    return next((place for place in places if is_graft_folder(place)), Path(folder))
+
+
 def load_graft(
     folder: str | Path, base: nn.Module | str | os.PathLike[str] | None = None, *, device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None, share: bool = False,
 ) -> nn.Module:  # fmt: skip
     """The edited model saved in `folder`, in evaluation mode.
 
+    folder: what `save_graft` wrote, or a run folder or saved pipeline around it.
     base: the model that was edited, or where to load it from; default: where it was loaded from at the time. It
     must be that very model: its hash is compared. A self-contained graft needs none.
     share: the weights that the graft left as they were are those of `base` itself, not copies, where none was changed.
@@ -123,7 +130,7 @@ def load_graft(
     """
     from grafting.loading import as_device, as_dtype, load_model
 
-    folder, device, dtype = Path(folder), as_device(device), as_dtype(dtype)
+    folder, device, dtype = graft_in(folder), as_device(device), as_dtype(dtype)
     manifest = _read_manifest(folder)
     plan = GraftPlan.from_dict(manifest["plan"], allow_empty=True)
     for name, package in manifest["operators"].items():
@@ -225,13 +232,16 @@ def _build(architecture: dict[str, Any]) -> nn.Module:
 
 def plan_of_graft(folder: str | Path) -> GraftPlan:
     """The plan of a saved graft; empty for an imported self-graft. Raises CheckpointError, PlanError."""
-    return GraftPlan.from_dict(_read_manifest(Path(folder))["plan"], allow_empty=True)
+    return GraftPlan.from_dict(_read_manifest(graft_in(folder))["plan"], allow_empty=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{str(folder)!r} is not a graft: it has no {MANIFEST}")
+        raise CheckpointError(
+            f"{str(folder)!r} is not a graft: it has no {MANIFEST}, nor a run's graft/{MANIFEST} or a pipeline's "
+            f"transformer/{MANIFEST}"
+        )
     manifest = weights.read_json(path, "graft")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(
