@@ -9,7 +9,7 @@ import torch
 from conftest import prediction, tiny_dit
 
 from grafting import GraftPlan, Replace, graft
-from grafting.benchmarks import everything, run_benchmark, stage1, stage2
+from grafting.benchmarks import everything, run_benchmark, stage1, stage1_memory, stage2, timing
 from grafting.benchmarks.published import PublishedAttention, PublishedHyenaX, published_form
 from grafting.benchmarks.timing import kept_memory, side_by_side, slope
 from grafting.errors import GraftError
@@ -100,6 +100,14 @@ def test_both_loops_of_stage_2_train_what_they_say(monkeypatch: pytest.MonkeyPat
 def test_all_benchmarks_at_tiny_sizes_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage1, "_in_process", lambda work, *given: stage1._measured(work, given))
     monkeypatch.setattr(stage1, "_one_job", lambda *given: 1 / 0)
+    monkeypatch.setattr(timing, "PROBE_ELSEWHERE", (64, 1 << 16))  # those of the device take a second each
+    counted = {"one operator per job": (3, False), "one pass, one graph at a time": ("2-3", False),
+               "one pass, all graphs at once": ("2-3", True)}  # fmt: skip
+    assert list(counted) == list(stage1_memory.WAYS)
+    (whole,) = GraftPlan([Replace("mha", stage1_memory.LAYERS, "hyena_x")]).resolve(28)
+    assert len(whole.layers) == 14  # type: ignore[union-attr]
+    monkeypatch.setattr(stage1_memory, "WAYS", counted)
+    monkeypatch.setitem(everything._TINY, "stage1-memory", {"size": "DiT-S/8-D4"})
     found = run_benchmark("all", size="tiny", device="cpu")
     assert [one["benchmark"] for one in found["results"]] == [what for what, _ in everything.JOBS["cuda"]]
     for one in found["results"]:

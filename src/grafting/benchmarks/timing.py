@@ -16,6 +16,9 @@ from grafting.errors import GraftError
 
 Work = Callable[[], Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Side of a square matrix, and bytes of a tensor, that show what a kind of device reaches at best.
+PROBES = {"cuda": (8192, 1 << 29)}
+PROBE_ELSEWHERE = (1536, 1 << 26)
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
@@ -88,10 +91,9 @@ def side_by_side(
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> dict[str, float]:
     """What the device reaches at best: FLOP/s of a large matrix product, bytes/s of a large copy (read and written)."""
-    side = 8192 if device.type == "cuda" else 1536
+    side, size = PROBES.get(device.type, PROBE_ELSEWHERE)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    elements = 1 << (29 if device.type == "cuda" else 26)
-    source = torch.zeros(elements // 4, device=device)
+    source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source)
     found = side_by_side(
         {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, repeats=repeats, warmup=2
