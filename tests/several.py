@@ -1,33 +1,32 @@
-"""Run a function in several processes that meet each other on the CPU."""
+"""Functions in processes of their own: several that meet on the CPU, one that is killed, one that holds a lock."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from grafting import processes
+from grafting.runs import FolderLock
 
-PRELOADED = [
-    "grafting.pipeline",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "diffusers.schedulers",
-]
+PRELOADED = [  # once in a server, rather than in each process: a run's own work is less
+    "grafting.pipeline", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "diffusers.schedulers.scheduling_ddim", "matplotlib.figure", "matplotlib.backends.backend_svg",
+]  # fmt: skip
 
 
 def together(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """What `work(*arguments)` returns in each of `world` processes; the traceback, as text, of one that fails."""
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # each is a fork of one that has imported torch already
-    context.set_forkserver_preload(PRELOADED)
+    context = _context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -52,6 +51,47 @@ def together(world: int, work: Callable[..., Any], *arguments: Any, timeout: flo
             worker.join(5)
             worker.kill()
     return found
+
+
+def status_of(work: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> int | None:
+    """Exit status of a process of its own that calls `work(*arguments)`: less than 0 for the signal that killed it."""
+    worker = _context().Process(target=work, args=arguments, daemon=True)
+    worker.start()
+    worker.join(timeout)
+    worker.kill()
+    return worker.exitcode
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[ForkServerProcess]:
+    """Another process that has the lock of `folder`, until it is killed or this is left."""
+    context = _context()
+    mine, theirs = context.Pipe()
+    other = context.Process(target=_hold, args=(theirs, folder), daemon=True)
+    other.start()
+    theirs.close()
+    try:
+        assert mine.poll(120)
+        assert mine.recv() == "held"
+        yield other
+    finally:
+        mine.close()  # which ends it, and its lock with it
+        other.join(60)
+        assert not other.is_alive()
+
+
+def _context() -> ForkServerContext:
+    """Each of its processes is a fork of one that has imported PyTorch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _hold(end: Connection, folder: Path) -> None:
+    with FolderLock(folder):
+        end.send("held")
+        with contextlib.suppress(EOFError):
+            end.recv()
 
 
 def _worker(

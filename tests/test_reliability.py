@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_dit
+from several import held
 
 from grafting.console import Console
 from grafting.data import ImageLabelDataset
@@ -26,14 +26,6 @@ from grafting.runs.status import StatusFile
 
 RECIPE = {"name": "x", "model": "m", "data": "d", "plan": [], "distill": {"steps": 10}, "finetune": None,
           "evaluate": None}  # fmt: skip
-HOLDER = """
-import sys
-from grafting.runs.lock import FolderLock
-lock = FolderLock(sys.argv[1])
-lock.acquire()
-print("held", flush=True)
-sys.stdin.read()
-"""
 
 
 def create(path: Path, **changes: Any) -> RunFolder:
@@ -48,20 +40,13 @@ def owner(**changes: Any) -> str:
 
 
 def test_a_second_process_is_refused_and_a_dead_one_s_lock_taken_over(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdin is not None
-    try:
-        assert process.stdout.readline() == "held\n"
+    with held(tmp_path) as other:
         with pytest.raises(RunError) as caught:
             create(tmp_path / ".")
-        assert f"in use by process {process.pid} on {os.uname().nodename!r} (since 20" in str(caught.value)
+        assert f"in use by process {other.pid} on {os.uname().nodename!r} (since 20" in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        other.kill()
+        other.join()
         assert (tmp_path / "run.lock").exists()
         run = create(tmp_path)
         found = locks.read_owner(tmp_path)
@@ -70,11 +55,6 @@ def test_a_second_process_is_refused_and_a_dead_one_s_lock_taken_over(tmp_path: 
         with run.writing():
             pass
         assert not (tmp_path / "run.lock").exists()
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
 
 
 def test_within_one_process_the_lock_is_shared_and_given_back_by_its_holder(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_dit
+from several import status_of
 from torch import nn
 
 from grafting import GraftPlan, Replace, distill, finetune, graft
@@ -237,31 +236,25 @@ def test_a_second_signal_gives_up_what_is_being_written(
     assert list((tmp_path / "checkpoints" / "s").iterdir()) == []
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import test_saving
-from pathlib import Path
+class Killed(Slow):
+    """Its process is killed inside of the write of the second checkpoint."""
 
-class Killed(test_saving.Slow):
-    def save_checkpoint(self, stage, step, state, keep):
+    def save_checkpoint(self, stage: str, step: int, state: Any, keep: int) -> None:
         if step == 4:
-            os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+            os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
         super().save_checkpoint(stage, step, state, keep)
 
-test_saving.train(sys.argv[2], Killed(Path(sys.argv[3]), 6))
-"""
+
+def train_and_be_killed(stage: str, path: Path) -> None:
+    torch.set_num_threads(1)
+    train(stage, Killed(path, 6))
 
 
 @pytest.mark.parametrize("stage", ["distill", "finetune"])
 def test_killed_inside_a_write_while_training_is_further_a_stage_goes_on_to_the_same_bits(
     tmp_path: Path, stage: str
 ) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), stage, str(tmp_path / "cut")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False, capture_output=True,
-    )  # fmt: skip
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert status_of(train_and_be_killed, stage, tmp_path / "cut") == -signal.SIGKILL
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints" / stage).iterdir())
     assert [name[:13] for name in left] == [".000000004.js", ".000000004.pt", "000000002.jso", "000000002.pt"]
     cut, whole = folder(tmp_path / "cut"), folder(tmp_path / "whole")

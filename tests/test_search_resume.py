@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from search_tools import CANDIDATES, searched
+from several import held
 from tiny_runs import tiny_recipe
 
 from grafting import GraftPlan, Replace
@@ -93,18 +91,5 @@ def test_data_that_have_changed_are_refused_though_all_is_distilled(tmp_path: Pa
 
 def test_a_folder_has_one_search_at_a_time(tmp_path: Path) -> None:
     searched(tmp_path, HYENA, at_least=2)
-    holder = (
-        "import sys; from grafting.runs.lock import FolderLock\n"
-        "with FolderLock(sys.argv[1]):\n    print('held', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", holder, str(tmp_path / "search")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(RunError, match=f"in use by process {other.pid}"):
-            searched(tmp_path, HYENA, at_least=1)
-    finally:
-        other.communicate()
+    with held(tmp_path / "search") as other, pytest.raises(RunError, match=f"in use by process {other.pid}"):
+        searched(tmp_path, HYENA, at_least=1)

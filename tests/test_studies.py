@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from several import held
 from study_tools import QUIET, half, make_world, settings_of, tiny_study
 
 from grafting.errors import DivergedError, GraftError, Interrupted, RunError
@@ -231,26 +230,15 @@ def test_several_processes_share_the_rows(world: Path, tmp_path: Path) -> None:
 
 def test_a_row_in_other_hands_is_left_to_them(world: Path, tmp_path: Path) -> None:
     rows = teacher_rows()[:2]
-    held = tmp_path / "rows" / rows[0].name
-    held.mkdir(parents=True)
-    script = (
-        "import sys; from grafting.runs import FolderLock; "
-        f"lock = FolderLock({str(held)!r}); lock.acquire(); print('held', flush=True); sys.stdin.readline()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdin is not None
-    assert other.stdout is not None
-    with other, other.stdin, other.stdout:
-        assert other.stdout.readline() == "held\n"
+    held_row = tmp_path / "rows" / rows[0].name
+    held_row.mkdir(parents=True)
+    with held(held_row) as other:
         run_rows(tiny_study(*rows), tmp_path, QUIET, changes=settings_of(world))
-        assert not (held / "result.json").exists()
+        assert not (held_row / "result.json").exists()
         assert (tmp_path / "rows" / rows[1].name / "result.json").is_file()
         other.kill()
-        other.wait()
     run_rows(tiny_study(*rows), tmp_path, QUIET, changes=settings_of(world))  # a dead process holds nothing
-    assert (held / "result.json").is_file()
+    assert (held_row / "result.json").is_file()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from several import held
 from study_tools import QUIET, half, make_world, settings_of, tiny_study
 
 from grafting import GraftPlan, distill, graft, load_model
@@ -228,17 +227,7 @@ def test_rows_that_others_are_at_are_left_to_them(world: Path, tmp_path: Path) -
     assert len(row_run._same_stage_1(setting, rows[0], recipe)) == 1
     folder = tmp_path / "rows" / "all"
     folder.mkdir(parents=True)
-    with subprocess.Popen(
-        [
-            sys.executable, "-c",
-            "import sys, time; from grafting.runs import FolderLock\n"
-            "lock = FolderLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)",
-            str(folder),
-        ],
-        stdout=subprocess.PIPE,
-    ) as other:  # fmt: skip
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+    with held(folder) as other:
         assert row_run._same_stage_1(setting, rows[0], recipe) == []
         other.kill()
     assert len(row_run._same_stage_1(setting, rows[0], recipe)) == 1
