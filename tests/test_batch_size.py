@@ -118,6 +118,8 @@ def test_the_size_follows_the_counted_need_and_the_free_memory(monkeypatch: pyte
         found = fits(100_000)
         assert found == size + 1
         assert need(found) <= headroom.SHARE * headroom.free_bytes(CPU) < need(found + 1)  # type: ignore[operator]
+    counted = headroom._need(model, 1.5, "fp32")
+    monkeypatch.setattr(headroom, "_need", lambda *_: counted)  # a second each
     held = estimate.weight_bytes(model)
     assert fits(held=held) < fits()
     assert fits(processes=2) <= fits() // 2

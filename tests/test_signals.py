@@ -83,8 +83,8 @@ def test_a_signal_stops_with_a_checkpoint_and_resume_gives_the_same_bytes(
 ) -> None:
     settings = [
         "evaluate=null",
-        f"{stage}.steps=200",
-        f"{stage}.checkpoint_every=5",
+        f"{stage}.steps=100",
+        f"{stage}.checkpoint_every=10",
         f"{stage}.validate_every=100",
     ]
     arguments = ["run", world / "tiny.yaml", *(part for s in settings for part in ("--set", s)), "--out"]
