@@ -58,6 +58,12 @@ def run(recipe: Recipe, path: Path, resume: bool = False) -> RunFolder:
     return pipeline.run
 
 
+@pytest.fixture(scope="module")
+def uncut(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The tiny recipe, run from start to end: to read."""
+    return run(tiny(world), tmp_path_factory.mktemp("uncut") / "run")
+
+
 @pytest.mark.parametrize("name", packaged())
 def test_every_packaged_recipe_runs_two_steps_on_a_tiny_model(world: Path, tmp_path: Path, name: str) -> None:
     recipe = load_recipe(name)
@@ -89,8 +95,8 @@ def test_every_packaged_recipe_runs_two_steps_on_a_tiny_model(world: Path, tmp_p
         assert module.operator_name == operator
 
 
-def test_a_run_folder_holds_what_it_says(world: Path, tmp_path: Path) -> None:
-    folder = run(tiny(world), tmp_path / "run")
+def test_a_run_folder_holds_what_it_says(world: Path, uncut: RunFolder) -> None:
+    folder = uncut
     names = {path.name for path in folder.path.iterdir()}
     assert {
         "recipe.yaml",
@@ -132,10 +138,10 @@ def test_the_same_recipe_gives_the_same_bytes_whatever_torch_s_seed(world: Path,
 
 @pytest.mark.parametrize("stage", ["graft", "distill", "finetune", "sample"])
 def test_a_run_that_died_after_a_stage_goes_on(
-    world: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+    world: Path, uncut: RunFolder, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it died between the last file of a stage and the note that the stage is done."""
-    whole = run(tiny(world), tmp_path / "whole").path
+    whole = uncut.path
 
     class Dead(Exception):
         pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,27 @@ def run_stage(
     return student
 
 
+Uncut = Callable[[str], tuple[RunFolder, nn.Module]]
+
+
+@pytest.fixture(scope="module")
+def uncut(teacher: nn.Module, data: ImageLabelDataset, tmp_path_factory: pytest.TempPathFactory) -> Uncut:
+    """A function that gives the folder of a stage that was not stopped, to read, and its student."""
+
+    @cache
+    def of(stage: str) -> tuple[RunFolder, nn.Module]:
+        folder = RunFolder(tmp_path_factory.mktemp(stage))
+        return folder, run_stage(stage, teacher, data, folder, keep_checkpoints=9)
+
+    return of
+
+
 @pytest.mark.parametrize("stage", ["distill", "finetune"])
 @pytest.mark.parametrize("at", [1, 2, 9, 14, 24])
 def test_a_stopped_stage_goes_on_to_the_same_bits(
-    teacher: nn.Module, data: ImageLabelDataset, tmp_path: Path, stage: str, at: int
+    teacher: nn.Module, data: ImageLabelDataset, uncut: Uncut, tmp_path: Path, stage: str, at: int
 ) -> None:
-    whole = RunFolder(tmp_path / "whole")
-    whole.path.mkdir()
-    wanted = run_stage(stage, teacher, data, whole)
+    whole, wanted = uncut(stage)
     folder = Stopping(tmp_path / "cut")
     folder.path.mkdir()
     folder.at = at
@@ -73,12 +88,10 @@ def test_a_stopped_stage_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize("stage", ["distill", "finetune"])
 def test_a_killed_stage_goes_on_from_its_last_checkpoint(
-    teacher: nn.Module, data: ImageLabelDataset, tmp_path: Path, stage: str
+    teacher: nn.Module, data: ImageLabelDataset, uncut: Uncut, tmp_path: Path, stage: str
 ) -> None:
     """As after SIGKILL: checkpoints of steps 8 and 16 and metrics up to 21; then with the newest damaged."""
-    whole = RunFolder(tmp_path / "whole")
-    whole.path.mkdir()
-    wanted = run_stage(stage, teacher, data, whole, keep_checkpoints=9)
+    whole, wanted = uncut(stage)
     for damage in (None, "cut", "flip", "no manifest", "both"):
         folder = RunFolder(tmp_path / f"killed {damage}")
         checkpoints = folder.path / "checkpoints" / stage
