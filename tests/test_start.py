@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import grafting
+from grafting.console import Console
+from grafting.runs import RunFolder
 
 WITHOUT_TORCH = ["--version", "--help", "run --help", "run --nope", "study --help"]
 CODE = """
@@ -31,6 +34,15 @@ def loaded(code: str) -> str:
 @pytest.mark.parametrize("arguments", WITHOUT_TORCH)
 def test_help_and_a_mistyped_option_wait_for_no_torch(arguments: str) -> None:
     assert loaded(CODE.format(arguments=repr(arguments), unwanted=["torch", "numpy"])) == "[]"
+
+
+def test_the_status_of_a_run_waits_for_no_torch(tmp_path: Path) -> None:
+    plain = {"name": "x", "model": "m", "data": "d", "plan": [], "distill": {"steps": 10}, "finetune": None}
+    with RunFolder.create(tmp_path, plain, Console(quiet=True)).writing("distill"):
+        code = CODE.format(arguments=repr(f"status {tmp_path}"), unwanted=["torch"])
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "state: running" in done.stdout
 
 
 def test_a_model_is_loaded_and_grafted_without_the_compiler() -> None:

@@ -11,15 +11,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import torch
-from torch import Tensor, nn
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from grafting.errors import CheckpointError
-from grafting.formats.limits import check_pickle, check_safetensors, check_tensors
 
-Tensors = dict[str, Tensor]
+# JSON and whole files are read and written without PyTorch: `graft status` does not wait for it.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Tensors: TypeAlias = "dict[str, Tensor]"
 
 
 def read_pickled(path: Path, *, mapped: bool = False) -> Any:
@@ -30,6 +31,10 @@ def read_pickled(path: Path, *, mapped: bool = False) -> Any:
     mapped: tensors are the file's own pages, which processes share and the system may drop; where a file system can't
     do that, they are read. Whoever keeps one copies it: on a network a page of a file that is gone ends the process.
     """
+    import torch
+
+    from grafting.formats.limits import check_pickle, check_tensors
+
     _check_file(path)
     try:
         check_pickle(path)
@@ -57,6 +62,8 @@ def read_pickled(path: Path, *, mapped: bool = False) -> Any:
 def read_safetensors(path: Path) -> Tensors:
     """All tensors of a `.safetensors` file. Raises CheckpointError for a missing, damaged or absurd one."""
     from safetensors.torch import load_file
+
+    from grafting.formats.limits import check_safetensors, check_tensors
 
     _check_file(path)
     try:
@@ -160,6 +167,8 @@ def _sync_folder(folder: Path) -> None:
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 (hex) of dtype, shape and bytes."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{flat.dtype}{list(flat.shape)}".encode())
     digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
@@ -182,6 +191,8 @@ def combined_digest(by_name: Mapping[str, str]) -> str:
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise CheckpointError that names the first tensor with a NaN or an infinity."""
+    import torch
+
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{where}: tensor {name!r} holds values that are not finite")

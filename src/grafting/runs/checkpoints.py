@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grafting.errors import CheckpointError, GraftError
 from grafting.formats import weights
 
@@ -30,6 +28,8 @@ def save_checkpoint(
     Later ones are damaged, since a stage goes on from the newest whole one: they take no whole one's place.
     given_up: asked while writing; True ends it. Raises CheckpointError; the earlier checkpoints are then as they were.
     """
+    import torch
+
     path = _path(folder, step)
     if path.exists() and _is_whole(path):  # stopped where it has just been saved: the state is the same
         return
