@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +15,14 @@ from grafting.benchmarks import everything, run_benchmark, stage1, stage1_memory
 from grafting.benchmarks.published import PublishedAttention, PublishedHyenaX, published_form
 from grafting.benchmarks.timing import kept_memory, side_by_side, slope
 from grafting.errors import GraftError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_collect() -> Iterator[None]:
+    """They collect garbage between any two rows: not among all that tests have imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def test_slope_is_the_exponent_of_a_power_law() -> None:
