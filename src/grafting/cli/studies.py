@@ -14,7 +14,7 @@ from grafting.cli.options import Device, Dtype, Json, Resume, Seed, Set
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Name of a study; graft list names them and their rows.")],
+    name: Annotated[str, typer.Argument(help="Name of a study (graft list names them), or the file of one.")],
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/study-<name>.")] = None,
     model: Annotated[str | None, typer.Option(help="Another teacher.")] = None,
     data: Annotated[str | None, typer.Option(help="Other data: what the recipe key data takes.")] = None,
@@ -34,7 +34,7 @@ def study(
 
     given = {"data": data, "preset": preset, "dtype": dtype}
     changes = [f"{key}={value}" for key, value in given.items() if value is not None]
-    folder = out or Path("runs") / f"study-{name}"
+    folder = out or Path("runs") / f"study-{Path(name).stem if Path(name).is_file() else name}"
     if dry_run:
         from grafting.studies.rehearsal import in_words
 

@@ -62,7 +62,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """Rows over one base: a packaged recipe, or (recipe "") a testbed chosen by the preset."""
+    """Rows over one base: a recipe by name or file, the content of one, or (neither) a testbed chosen by the preset.
+
+    source: the file that describes it, which `graft study` takes in place of a name.
+    """
 
     name: str
     title: str
@@ -72,6 +75,13 @@ class Study:
     claims: tuple[Claim, ...] = ()
     paper_baseline: float | None = None
     summarize: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None  # more for study.json
+    base: Mapping[str, Any] | None = None
+    source: str = ""
+
+    @property
+    def on_testbed(self) -> bool:
+        """Whether a preset chooses model and data."""
+        return not self.recipe and self.base is None
 
     def row(self, name: str) -> Row:
         """The row of this name. Raises RunError."""
@@ -121,7 +131,7 @@ def row_recipe(
             f"study {study.name!r}: unknown preset {preset!r}: expected one of {', '.join(PRESETS)}"
         )
     data = copy.deepcopy(merged(PRESETS[preset], data))
-    if not study.recipe:
+    if study.on_testbed:
         _set_share(row, data, given, alone)
     for entry in data.get("plan") or []:
         body = entry.get("replace", {})
@@ -154,7 +164,7 @@ def check_stated(study: Study, rows: Sequence[Row], given: Mapping[str, Any]) ->
 def _stated(study: Study, row: Row) -> dict[str, Any]:
     """What a row sets in a recipe."""
     part = _share_of_stage_2(row)
-    if study.recipe or part == 1.0 or row.changes.get("finetune", {}) is None:
+    if not study.on_testbed or part == 1.0 or row.changes.get("finetune", {}) is None:
         return dict(row.changes)
     return merged(row.changes, {"finetune": {"fraction": part}})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from grafting.errors import RunError
 from grafting.recipes import EXPERIMENTS
 from grafting.recipes.depth import DEPTH_TO_WIDTH
 from grafting.recipes.rows import Claim, Row, Study, UnavailableError
+from grafting.recipes.study_file import load_study
+from grafting.selectors import closest
 from grafting.studies.ablation import DEMO_ABLATION
 from grafting.studies.donor_init import NAME as DONOR_INIT
 from grafting.studies.donor_init import run_donor_init
@@ -30,12 +32,14 @@ def run_study(
     only: list[str] | None = None, device: str = "cpu", changes: list[str] | None = None, jobs: int = 1,
     reuse: Sequence[Path] = (),
 ) -> Path:  # fmt: skip
-    """Run what is not done yet of a study in folder `out`; returns its page. Raises RunError."""
-    if name not in NAMES:
-        raise RunError(f"unknown study {name!r}: expected one of {', '.join(NAMES)}")
+    """Run what is not done yet of a study in folder `out`; returns its page. name: or the file of a study.
+
+    Raises RunError.
+    """
+    study = _study(name, NAMES)
     folder, launch = Path(out), Launch.here()
     _check_free(folder, launch, resume)
-    if name == DONOR_INIT:
+    if study is None:
         if only or reuse or jobs != 1:
             raise RunError(f"study {name!r} has no rows of its own: leave out --only, --jobs and --reuse")
         if launch.world > 1:
@@ -45,7 +49,7 @@ def run_study(
             )
         return run_donor_init(folder, console, model=model, seed=seed, device=device, changes=changes)
     return run_rows(
-        STUDIES[name], folder, console, model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,
+        study, folder, console, model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,
         reuse=reuse,
     )  # fmt: skip
 
@@ -56,18 +60,28 @@ def rehearse_study(
     reuse: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What `run_study` would do, how long that would take and what is missing; writes nothing. Raises GraftError."""
-    if name not in STUDIES:
-        known = f"expected one of {', '.join(STUDIES)}"
-        raise RunError(
-            f"study {name!r} has no rows to look at: {known}"
-            if name == DONOR_INIT
-            else f"unknown study {name!r}: {known}"
-        )
+    study = _study(name, STUDIES)
+    if study is None:
+        raise RunError(f"study {name!r} has no rows to look at: expected one of {', '.join(STUDIES)}")
     _check_free(Path(out), Launch.here(), resume)
     return dry_rows(
-        STUDIES[name], Path(out), model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,
+        study, Path(out), model=model, seed=seed, only=only, device=device, changes=changes, jobs=jobs,
         reuse=reuse,
     )  # fmt: skip
+
+
+def _study(name: str, known: Iterable[str]) -> Study | None:
+    """A study by name or file; None for `donor-init`, which has no rows of its own. Raises RunError."""
+    if name == DONOR_INIT:
+        return None
+    if name in STUDIES:
+        return STUDIES[name]
+    if Path(name).is_file():
+        return load_study(name)
+    raise RunError(
+        f"unknown study {name!r}{closest(name, list(known))}: expected one of {', '.join(known)}, or the file of a "
+        "study of your own"
+    )
 
 
 def _check_free(folder: Path, launch: Launch, resume: bool) -> None:
@@ -82,6 +96,7 @@ __all__ = [
     "Row",
     "Study",
     "UnavailableError",
+    "load_study",
     "rehearse_study",
     "run_rows",
     "run_study",

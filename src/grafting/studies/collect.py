@@ -136,7 +136,9 @@ def _protocol(setting: Setting, base: dict[str, Any] | None) -> dict[str, Any]:
 
 def _command(setting: Setting) -> str:
     changes = " ".join(f"--set {text}" for text in setting.overrides)
-    return " ".join(f"graft study {setting.study.name} {changes} --seed {setting.seed}".split())
+    return " ".join(
+        f"graft study {setting.study.source or setting.study.name} {changes} --seed {setting.seed}".split()
+    )
 
 
 def _ranking(rows: list[dict[str, Any]]) -> list[str]:

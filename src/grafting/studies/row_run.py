@@ -99,7 +99,7 @@ class Setting:
         """The recipe of a row. Raises UnavailableError, RunError."""
         if row.best_of:
             row = self._best(row)
-        base = recipe_mapping(self.study.recipe) if self.study.recipe else None
+        base = recipe_mapping(self.study.recipe) if self.study.recipe else self.study.base
         return row_recipe(self.study, row, self.given, base, self.seed)
 
     def _best(self, row: Row) -> Row:
