@@ -84,14 +84,16 @@ def _claims(study: Mapping[str, Any]) -> Html | None:
         del shown["paper"]
     if any(claim.get("why") for claim in claims):
         shown["why"] = "why it is not tested"
-    own = any(claim.get("own") for claim in claims)
+    ours = [bool(claim.get("own")) for claim in claims]
+    own = any(ours) and not all(ours)
     body: list[list[Child]] = []
     for claim in claims:
         cells: list[Child] = [_claimed(claim, key) for key in shown]
         body.append([*cells, "our own" if claim.get("own") else "the paper's"] if own else cells)
     heads = [Column(label, True) for label in (*shown.values(), *(["whose"] if own else []))]
     return section(
-        "claims", "The paper's findings and claims of our own" if own else "The paper's findings",
+        "claims",
+        "Claims" if all(ours) else f"The paper's findings{' and claims of our own' if own else ''}",
         data_table("A group in front of < should have the lower distances.", heads, body),
         note(
             "A difference counts where it is larger than two standard deviations of the teacher's own distance over "

@@ -43,10 +43,9 @@ td,tbody th{max-width:26rem}
 thead .n{white-space:normal;min-width:3.6em}
 .across{color:var(--soft)}
 .wide{width:max-content;max-width:calc(min(100vw,50vw + 560px) - 2.5rem)}
-.wide th:first-child{position:sticky;left:0;background:var(--paper);box-shadow:inset 0 -1px var(--rule)}
-.wide thead th:first-child{box-shadow:inset 0 -1px var(--ink)}
+.wide th:first-child{position:sticky;left:0;background:var(--paper)}
 .wide tbody th{min-width:11rem;max-width:17rem}
-.wide table{font-size:.82rem}.wide .n{padding-right:.8rem}
+.wide table{font-size:.82rem;border-collapse:separate;border-spacing:0}.wide .n{padding-right:.8rem}
 .wide{background:linear-gradient(to left,var(--paper),transparent) right/3rem 100% no-repeat local,
 linear-gradient(to left,var(--rule),transparent) right/1.1rem 100% no-repeat scroll}
 .verdict{display:inline-block;white-space:nowrap}
