@@ -42,6 +42,8 @@ def load_model(
     source: a packaged name (`dit-fashion`, `pixart-emoji`); a published `.pt` or bare `.safetensors`; a folder that
     this package saved (model, graft or run) or a DiT or PixArt in diffusers' layout (pipeline or transformer); a hub
     id of such; or `arch:DiT-XL/2`, `arch:PixArt-Sigma-2K` for random weights, the same at every call.
+    A DiT of diffusers gets the published timestep frequencies, which diffusers' class shifts (docs/python.md); one
+    whose blocks have different embedders is refused.
     num_heads: needed for a bare file of a width that no published size has.
     device: also "meta", for `arch:` only. dtype: of floating point, or its name; default float32, or what a graft was
     saved in. pipeline: folder or hub id of the text encoder and VAE of a transformer that stands alone; remembered with

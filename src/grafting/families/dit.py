@@ -202,11 +202,14 @@ class DiTFamily(Family):
             return None
 
     def reads(self, config: Mapping[str, Any]) -> bool:
-        named = config.get("_class_name") in ("DiTTransformer2DModel", "Transformer2DModel")
-        return named and config.get("norm_type", "ada_norm_zero") == "ada_norm_zero"
+        named, norm = config.get("_class_name"), config.get("norm_type", "ada_norm_zero")
+        return named == "DiTTransformer2DModel" or (named == "Transformer2DModel" and norm == "ada_norm_zero")
 
     def from_diffusers(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> DiT:
-        dit, published = dit_states.from_diffusers(dict(tensors), dict(config))
+        try:
+            dit, published = dit_states.from_diffusers(dict(tensors), dict(config))
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from None
         model = DiT(dit)
         weights.load_strictly(model, {name: tensor.float() for name, tensor in published.items()}, where)
         return model

@@ -2,7 +2,8 @@
 
 diffusers' `DiTTransformer2DModel` keeps a copy of the timestep and label embedders in every block, splits qkv, and
 has no position table; `DiT` computes what the published code computes (diffusers' class shifts the timestep
-frequencies by one and uses another epsilon in one norm).
+frequencies by one and uses another epsilon in one norm; docs/python.md has by how much that differs). What else makes
+another function there, embedders of their own in the blocks or other settings, is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ _AT_ROOT = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
+}
+# Settings of diffusers' class that make another function, and the values that a DiT has. One that config.json does not
+# state is the class's default, the first. (dropout is off in evaluation; upcast_attention is a matter of rounding.)
+_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-5, 1e-6),
+    "norm_type": ("ada_norm_zero",),
 }
 
 
@@ -91,7 +101,8 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, where: s
     heads = num_heads or known_heads(width)
     if heads is None:
         raise CheckpointError(
-            f"{where}: width {width} is not a published size, so the number of heads is unknown; give num_heads="
+            f"{where}: width {width} is not a published size, so the number of heads is unknown; give "
+            "num_heads= (--num-heads)"
         )
     hidden = next(
         (
@@ -142,8 +153,10 @@ def to_diffusers(state: Mapping[str, Tensor]) -> Tensors:
 def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[DiTConfig, Tensors]:
     """diffusers' state dict and config.json -> configuration and state dict in the published layout.
 
-    The embedders are taken from block 0, which is the copy that diffusers' final layer uses as well.
+    The embedders are those of block 0, which diffusers' final layer uses as well; the copies in the other blocks must
+    be equal to them. Raises CheckpointError, also for settings that this DiT does not have.
     """
+    _check_settings(config)
     blocks = {
         int(match[1]) for name in state if (match := _DIFFUSERS_BLOCK.fullmatch(name)) and len(match[1]) < 5
     }
@@ -185,10 +198,33 @@ def from_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tu
                 result[f"blocks.{layer}.{ours}.{kind}"] = take(f"{prefix}{theirs}.{kind}")
             qkv = [take(f"{prefix}attn1.{part}.{kind}") for part in ("to_q", "to_k", "to_v")]
             result[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat(qkv)
-    rest = [name for name in state if name not in taken and ".norm1.emb." not in name]
+        for layer in range(1, dit.depth):
+            for ours, theirs in _EMBEDDERS.items():
+                if f"{ours}.{kind}" in result:
+                    copy = f"transformer_blocks.{layer}.{theirs}.{kind}"
+                    _check_tied(result[f"{ours}.{kind}"], take(copy), copy)
+    rest = [name for name in state if name not in taken]
     if rest:
         raise CheckpointError(f"not diffusers' DiT: unexpected tensor {rest[0]!r}")
     return dit, result
+
+
+def _check_settings(config: Mapping[str, Any]) -> None:
+    for key, known in _SETTINGS.items():
+        if (value := config.get(key, known[0])) not in known:
+            raise CheckpointError(
+                f"config.json: {key} is {value!r}, which makes another model than this package's DiT; expected "
+                f"{' or '.join(map(repr, known))}, as the published DiT has it"
+            )
+
+
+def _check_tied(first: Tensor, copy: Tensor, name: str) -> None:
+    if first.shape != copy.shape or not torch.equal(first, copy):
+        block = name.split(".")[1]
+        raise CheckpointError(
+            f"the timestep and label embedders of block {block} differ from those of block 0 (tensor {name!r}), and "
+            "this package's DiT, like the published one, has one for all blocks; give a model whose copies are equal"
+        )
 
 
 def diffusers_config(config: DiTConfig) -> dict[str, Any]:
