@@ -14,9 +14,22 @@ import pytest
 from conftest import tiny_dit
 from pixart_tools import tiny_transformer
 
-from grafting import families, graft, load_graft, load_model, operators, plugins, save_graft, save_model
+from grafting import (
+    GraftPlan,
+    Replace,
+    families,
+    graft,
+    load_graft,
+    load_model,
+    operators,
+    plugins,
+    save_graft,
+    save_model,
+)
+from grafting.card import model_card
 from grafting.errors import CheckpointError, GraftError, OperatorError
 from grafting.families import base
+from grafting.formats.published import export_published
 from grafting.operators import registry
 
 ACME = """
@@ -173,3 +186,31 @@ def test_what_is_of_no_known_family_is_told_of_plugins(tmp_path: Path) -> None:
         load_model(tmp_path)
     with pytest.raises(GraftError, match=r"unknown architecture 'Acme-1'.*GRAFTING_PLUGINS"):
         load_model("arch:Acme-1")
+
+
+def test_what_others_need_of_another_package_is_said_where_they_look(acme: str, tmp_path: Path) -> None:
+    student = graft(tiny_dit(), GraftPlan([Replace("mha", [1], "acme_mixer"), Replace("mha", [2], "swa")]))
+    save_graft(student, tmp_path / "graft")
+    card = model_card(tmp_path / "graft")
+    code = card.split("```python\n")[1].split("```")[0]
+    assert code.startswith(f"import {acme}  # registers the operator 'acme_mixer'\nimport grafting\n")
+    assert f"Needed beside grafting: `{acme}`." in card
+    save_graft(graft(tiny_dit(), GraftPlan([Replace("mha", [2], "swa")])), tmp_path / "plain")
+    assert "eeded beside grafting" not in model_card(tmp_path / "plain")
+
+
+@pytest.mark.usefixtures("acme")
+def test_an_operator_of_another_package_has_no_published_layout(tmp_path: Path) -> None:
+    student = graft(tiny_dit(), GraftPlan([Replace("mha", [1], "acme_mixer")]))
+    with pytest.raises(CheckpointError, match=r"'acme_mixer' has no published layout.*--format graft"):
+        export_published(student, tmp_path / "x.pt")
+    assert list(tmp_path.glob("*.pt")) == []
+
+
+def test_an_operator_of_a_script_has_no_package_to_import(tmp_path: Path, acme: str) -> None:
+    save_graft(graft(tiny_dit(), GraftPlan([Replace("mha", [1], "acme_mixer")])), tmp_path)
+    text = (tmp_path / "graft.json").read_text().replace(f'"{acme}"', '"__main__"')
+    (tmp_path / "graft.json").write_text(text)
+    assert "\n# run the code that registers the operator 'acme_mixer' here\nimport grafting" in model_card(
+        tmp_path
+    )

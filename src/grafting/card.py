@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grafting.errors import CheckpointError, GraftError
+from grafting.families import families
 from grafting.formats import weights
 from grafting.formats.graft_folder import MANIFEST, is_graft_folder
 from grafting.plan import GraftPlan
@@ -38,13 +39,15 @@ def model_card(folder: str | Path, run: str | Path | None = None) -> str:
     hub_id = origin if isinstance(origin, str) and not _is_local(origin) and "/" in origin else None
     whole = (folder / "model_index.json").is_file()
     run = Path(run) if run is not None else folder
+    packages = _packages(manifest)
     lines = [
         "---", "library_name: grafting", "tags: [grafting, diffusion]",
         *(["pipeline_tag: text-to-image"] if whole else []), *([f"base_model: {hub_id}"] if hub_id else []), "---", "",
         f"# A graft of {hub_id or 'a model of the family ' + str(manifest['architecture'].get('family'))}", "",
         "The architecture of this model was edited, so that diffusers' own classes can't load it. Open it with", "",
-        "```python", "import grafting", "",
+        "```python", *(_import(name, what) for name, what in packages.items()), "import grafting", "",
         'pipeline = grafting.load_pipeline("FOLDER")' if whole else 'model = grafting.load_model("FOLDER")', "```", "",
+        *([f"Needed beside grafting: {', '.join(f'`{name}`' for name in packages)}.", ""] if packages else []),
         f"Base needed beside this folder: {'yes' if manifest['base'] else 'no'}. {_lora(manifest)}", "",
         "## Plan", "", "```json", json.dumps(manifest["plan"]["entries"], indent=1), "```", "",
         *_costs(manifest),
@@ -70,6 +73,23 @@ def write_samples(run: Path, folder: Path) -> None:
         save_grid(smaller(np.concatenate(rows), SIDE), folder / SAMPLES, columns=len(rows[0]))
 
 
+def _packages(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What must be imported before such a model can be built -> what it registers."""
+    found: dict[str, list[str]] = {}
+    for name, package in manifest["operators"].items():
+        found.setdefault(package, []).append(f"the operator {name!r}")
+    if (family := families().get(manifest["architecture"].get("family"))) is not None:
+        owner = type(family).__module__.partition(".")[0]
+        found.setdefault(owner, []).append(f"the family {family.name!r}")
+    return {package: ", ".join(what) for package, what in sorted(found.items()) if package != "grafting"}
+
+
+def _import(package: str, what: str) -> str:
+    if package == "__main__":  # of a script or a notebook
+        return f"# run the code that registers {what} here"
+    return f"import {package}  # registers {what}"
+
+
 def _lora(manifest: Mapping[str, Any]) -> str:
     lora = manifest.get("lora")
     return f"LoRA: rank {lora['rank']}, alpha {lora['alpha']:g}, unmerged." if lora else "LoRA: none."
@@ -80,7 +100,6 @@ def _costs(manifest: Mapping[str, Any]) -> Iterator[str]:
     import torch
 
     from grafting.analysis.costs import plan_cost
-    from grafting.families import families
 
     architecture = manifest["architecture"]
     try:

@@ -304,18 +304,25 @@ def export_published(model: nn.Module, path: str | Path) -> None:
     """Write a DiT, edited or not, as a `.pt` with the published keys; `model` and `ema` hold its state dict.
 
     `args` is a dict where theirs is an `argparse.Namespace`, so that torch's own loader of weights takes the file;
-    `opt` is empty: there is no training to go on with.
+    `opt` is empty: there is no training to go on with. Raises CheckpointError for what `import_published` could not
+    read: blocks side by side, and operators of other packages.
     """
     if not isinstance(model, DiT):
         raise CheckpointError(f"only a DiT has a published layout, not {type(model).__name__}")
     if edited_groups(model):
         raise CheckpointError(
-            "a model with blocks side by side has no published layout; keep its graft folder"
+            "a model with blocks side by side has no published layout; keep its graft folder (--format graft)"
         )
     import io
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     record = record_of(model)
+    for (target, _), entry in record.plan.sites.items() if record else ():
+        if entry.operator not in (known := [reading.operator for reading in _READINGS[target]]):
+            raise CheckpointError(
+                f"the operator {entry.operator!r} has no published layout (those in the place of {target!r} that do: "
+                f"{', '.join(known)}), so nothing could read the file; write a graft (--format graft, save_graft)"
+            )
     content = {
         "model": state, "ema": state, "opt": {}, "args": {"plan": record.plan.digest() if record else None},
         "train_steps": 0,
