@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pixart_tools import latents, save_tiny_pipeline
+from pixart_tools import latents, save_tiny_pipeline, tiny_pipeline
 
 import grafting
 from grafting import GraftPlan, Replace
@@ -43,7 +43,9 @@ def test_what_nothing_could_load_is_not_saved(tmp_path: Path) -> None:
         grafting.load_model(tmp_path / "graft"), grafting.load_pipeline(tmp_path / "graft"), pipeline,
     ]  # fmt: skip
     for thing in edited:
-        with pytest.raises(CheckpointError, match=r"grafting\.save_pipeline.* or grafting\.save_graft"):
+        with pytest.raises(
+            CheckpointError, match=r"grafting\.save_pipeline.* or grafting\.save_graft.*can be deleted"
+        ):
             thing.save_pretrained(tmp_path / "refused")
     assert not (tmp_path / "refused" / "model_index.json").exists()  # so that nothing takes it for a pipeline
     assert not (tmp_path / "refused" / "transformer").exists()
@@ -107,3 +109,43 @@ def test_a_graft_is_a_pipeline_again_and_stock_loaders_refuse_it(tmp_path: Path)
     assert '"hyena_x"' in card
     assert "rank 2" in card
     assert str(tmp_path) not in card
+
+
+def test_a_pipeline_in_memory_is_written_around_its_edited_transformer(tmp_path: Path) -> None:
+    base = save_tiny_pipeline(tmp_path / "base")
+    plain = grafting.load_pipeline(base)
+    pipeline = type(plain)(**{**plain.components, "transformer": tiny_pipeline().transformer})
+    pipeline.transformer = grafting.graft(pipeline.transformer, PLAN)
+    with torch.no_grad():  # what is in memory is what is written
+        next(pipeline.text_encoder.parameters()).mul_(1.5)
+    wanted = draw(pipeline)
+    with pytest.raises(CheckpointError, match=r"does not say which pipeline.*pipeline="):
+        grafting.save_pipeline(pipeline.transformer, tmp_path / "out")
+    grafting.save_pipeline(pipeline.transformer, tmp_path / "out", pipeline=pipeline)
+    assert np.array_equal(draw(grafting.load_pipeline(tmp_path / "out")), wanted)
+    written = [path.read_text() for kind in ("json", "md") for path in (tmp_path / "out").rglob(f"*.{kind}")]
+    assert str(tmp_path) not in "".join(written)
+
+
+def test_a_part_that_can_t_be_written_is_named(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    student = grafting.graft(pipeline.transformer, PLAN)
+    pipeline.register_modules(vae=torch.nn.Identity())
+    with pytest.raises(CheckpointError, match=r"can't write the vae of the pipeline: .*save_pretrained"):
+        grafting.save_pipeline(student, tmp_path / "out", pipeline=pipeline)
+    with pytest.raises(CheckpointError, match="not from a float"):
+        grafting.save_pipeline(student, tmp_path / "other", pipeline=0.5)
+
+
+def test_an_object_is_no_source(tmp_path: Path) -> None:
+    pipeline: Any = tiny_pipeline()
+    with pytest.raises(CheckpointError, match=r"source is a PixArtSigmaPipeline; use its \.transformer"):
+        grafting.load_model(pipeline)
+    with pytest.raises(CheckpointError, match=r"source is a PixArtTransformer2DModel; it is a model already"):
+        grafting.load_model(pipeline.transformer)
+    with pytest.raises(CheckpointError, match=r"source is a NoneType; give the name"):
+        grafting.load_model(None)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"pipeline is a PixArtSigmaPipeline; "):
+        grafting.load_model(save_tiny_pipeline(tmp_path / "base"), pipeline=pipeline)
+    with pytest.raises(CheckpointError, match=r"not from a PixArtSigmaPipeline"):
+        grafting.load_pipeline(tmp_path / "base", pipeline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -50,6 +51,8 @@ def load_model(
     the model and with grafts of it.
     Raises CheckpointError or GraftError that names the source and what to do.
     """
+    _check_source(source, "source")
+    _check_source(pipeline, "pipeline", optional=True)
     source = str(source)
     if num_heads is not None and (
         isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1
@@ -72,6 +75,17 @@ def load_model(
         set_pipeline(model, str(pipeline))
     model = model.to(device).eval()
     return weights.cast(model, dtype) if dtype else model
+
+
+def _check_source(source: object, what: str, *, optional: bool = False) -> None:
+    if isinstance(source, (str, os.PathLike)) or (optional and source is None):
+        return
+    remedy = "give the name, file, folder or hub id of a model"
+    if isinstance(source, nn.Module):
+        remedy = "it is a model already, to be used as it is"
+    elif isinstance(getattr(source, "transformer", None), nn.Module):
+        remedy = "use its .transformer, which is a model already, or give the folder of its save_pretrained"
+    raise CheckpointError(f"load_model: {what} is a {type(source).__name__}; {remedy}")
 
 
 def _architecture(source: str, device: torch.device) -> nn.Module:
@@ -146,7 +160,9 @@ def is_here(source: str) -> bool:
 def save_diffusers(model: nn.Module, folder: str | Path) -> None:
     """Save an unedited DiT in diffusers' layout; `load_model` reads it back exactly."""
     if not isinstance(model, DiT) or record_of(model) is not None:
-        raise CheckpointError("only an unedited DiT fits diffusers' DiTTransformer2DModel; use save_graft")
+        raise CheckpointError(
+            "only an unedited DiT fits diffusers' DiTTransformer2DModel; use save_graft (--format graft)"
+        )
     folder = Path(folder)
     weights.write_safetensors(
         folder / "diffusion_pytorch_model.safetensors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -18,7 +19,14 @@ from grafting.families import family_of
 from grafting.formats import weights
 from grafting.formats.diffusers_folder import variant_of
 from grafting.formats.graft_folder import MANIFEST, is_graft_folder, save_graft
-from grafting.formats.pipeline_folder import INDEX, find_pipeline, fitting_class, home_of, read_index
+from grafting.formats.pipeline_folder import (
+    INDEX,
+    check_index,
+    find_pipeline,
+    fitting_class,
+    home_of,
+    read_index,
+)
 from grafting.lora import merge_lora
 from grafting.surgery import record_of, set_record
 
@@ -58,14 +66,15 @@ def load_pipeline(
 
 def save_pipeline(
     model: nn.Module, folder: str | Path, *, merge: bool = False, run: str | Path | None = None,
-    pipeline: str | Path | None = None,
+    pipeline: Any = None,
 ) -> None:  # fmt: skip
     """Write a whole pipeline with this edited transformer, which needs no base; `load_pipeline` opens it.
 
     The transformer's folder holds a graft and no config.json, so that diffusers' own loaders refuse it instead of
     filling what they don't know with garbage. merge: add LoRA adapters into the weights first. run: the run folder that
-    the model came from: the model card then has its protocol, costs and samples. pipeline: where the rest of the
-    pipeline is; default: where the model was told of, or came from. Raises CheckpointError.
+    the model came from: the model card then has its protocol, costs and samples. pipeline: the rest of the
+    pipeline: its folder or hub id, or diffusers' object itself, whose parts are written as they are in memory; default:
+    where the model was told of, or came from. Raises CheckpointError.
     """
     record, folder = record_of(model), Path(folder)
     if record is None:
@@ -78,13 +87,23 @@ def save_pipeline(
             "save_pipeline is for what graft() or load_graft() returned, and this model has no plan; use save_model, "
             "or diffusers' own save_pretrained"
         )
-    if not (record.source or record.pipeline or pipeline):
+    if family_of(model).num_classes(model) is not None:
+        raise CheckpointError(
+            "this model makes images of classes, not of captions: there is no pipeline to write; write a graft "
+            "(--format graft, save_graft)"
+        )
+    if not (record.source or record.pipeline or pipeline is not None):
         raise CheckpointError(
             "this model does not say which pipeline it is of, since load_model did not load its base; give pipeline=: "
-            "the folder or hub id of the unedited pipeline"
+            "the pipeline, or the folder or hub id of the unedited one"
         )
-    home = find_pipeline(pipeline) if pipeline else home_of(model)
-    index = read_index(home)
+    home: Path | dict[str, Any]
+    if isinstance(getattr(pipeline, "components", None), dict):
+        home, index = pipeline.components, check_index(json.loads(pipeline.to_json_string()), "the pipeline")
+        index.pop("_name_or_path", None)  # where it was loaded from
+    else:
+        home = find_pipeline(pipeline) if pipeline is not None else home_of(model)
+        index = read_index(home)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{str(folder)!r} is not an empty folder; give another place")
     alone = copy.copy(merge_lora(model) if merge else model)
@@ -93,14 +112,35 @@ def save_pipeline(
     )  # a folder of this machine is nobody else's
     set_record(alone, dataclasses.replace(record, base_digests={}, source=hub_id, pipeline=None))
     save_graft(alone, folder / "transformer")
-    for part in sorted(home.iterdir()):
-        if part.is_dir() and part.name != "transformer" and not part.name.startswith("."):
-            shutil.copytree(part, folder / part.name)
+    _write_rest(home, folder)
     index["_class_name"] = fitting_class(index["_class_name"], record.architecture)
     weights.write_json(folder / INDEX, {**index, "_opened_by": "grafting.load_pipeline"})
     if run is not None:
         write_samples(Path(run), folder)
     weights.write_bytes(folder / "README.md", model_card(folder, run).encode())
+
+
+def _write_rest(home: Path | dict[str, Any], folder: Path) -> None:
+    """All parts but the transformer: copied from a folder, or as diffusers and transformers write those in memory."""
+    if isinstance(home, dict):
+        for name, part in home.items():
+            if name == "transformer" or part is None:
+                continue
+            try:
+                part.save_pretrained(folder / name)
+            except Exception as error:  # of other packages' code
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise CheckpointError(
+                    f"can't write the {name} of the pipeline: {reason[:200]}; delete {str(folder)!r}, and give the "
+                    "pipeline by its folder or hub id"
+                ) from None
+            if (config := folder / name / "config.json").is_file():  # says where it was loaded from
+                said = weights.read_json(config, "configuration")
+                weights.write_json(config, {key: said[key] for key in said if key != "_name_or_path"})
+        return
+    for part in sorted(home.iterdir()):
+        if part.is_dir() and part.name != "transformer" and not part.name.startswith("."):
+            shutil.copytree(part, folder / part.name)
 
 
 def push_to_hub(folder: str | Path, repo: str, *, private: bool = False, api: Any = None) -> str:

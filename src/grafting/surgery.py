@@ -65,7 +65,8 @@ def _refuse_to_save(*given: Any, **options: Any) -> None:
     raise CheckpointError(
         "save_pretrained of an edited model: diffusers' class could not load what it writes, since it would build the "
         "operators that were replaced; use grafting.save_pipeline(model, folder), which writes the whole pipeline, or "
-        "grafting.save_graft(model, folder)"
+        "grafting.save_graft(model, folder); the folder of a pipeline that was to be saved may hold its other parts by "
+        "now: it is incomplete and can be deleted"
     )
 
 

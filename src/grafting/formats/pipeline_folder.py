@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from grafting.errors import CheckpointError, GraftError
-from grafting.families import unwrap
+from grafting.families import family_of, unwrap
 from grafting.formats import weights
 from grafting.formats.diffusers_folder import transformer_folder
 from grafting.formats.graft_folder import MANIFEST, is_graft_folder
@@ -33,6 +34,10 @@ _FILES: dict[Part, tuple[str, ...]] = {  # of a hub repository
     "scheduler": ("scheduler/*",),
 }
 _GIVE = "say where the rest of the pipeline is (--pipeline, or pipeline: in a recipe)"
+_CLASSES = (
+    "{} makes images of classes, not of captions: there is nothing to synthesize and no pipeline to read or write; it "
+    "learns from data with labels (data, --data), and is kept as a graft (--format graft, save_graft)"
+)
 _SCHEDULE = {
     "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
@@ -45,6 +50,32 @@ def find_pipeline(source: str | Path, parts: Sequence[Part] = EVERYTHING) -> Pat
     A graft's pipeline is the one it stands in, the one it was told of, or its base. parts: of a hub id, what is
     fetched beside the index and the configuration of the transformer. Raises CheckpointError for anything else.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(
+            f"a pipeline is read from its folder or hub id, not from a {type(source).__name__}; write one that is in "
+            "memory with its save_pretrained"
+        )
+    try:
+        return _find(source, parts)
+    except CheckpointError:
+        if _of_classes(source):
+            raise CheckpointError(_CLASSES.format(repr(str(source)))) from None
+        raise
+
+
+def _of_classes(source: str | Path) -> bool:
+    """Whether it is a class-conditional model; only for an error, since a file has to be loaded to tell."""
+    from grafting.loading import is_here, load_model
+
+    try:
+        device = "meta" if str(source).startswith("arch:") else "cpu"
+        model = load_model(source, device=device) if is_here(str(source)) else None
+    except GraftError:
+        return False
+    return model is not None and family_of(model).num_classes(model) is not None
+
+
+def _find(source: str | Path, parts: Sequence[Part]) -> Path:
     path = Path(source)
     if (path / INDEX).is_file():
         return path
@@ -73,7 +104,7 @@ def _of_graft(graft: Path, parts: Sequence[Part]) -> Path:
     source = told or (base.get("source") if isinstance(base, dict) else None) or manifest.get("origin")
     if not isinstance(source, str):
         raise CheckpointError(f"{graft}: the graft does not say which pipeline it was made from; {_GIVE}")
-    return find_pipeline(source, parts)
+    return _find(source, parts)
 
 
 def _from_hub(source: str, parts: Sequence[Part]) -> Path:
@@ -99,9 +130,16 @@ def home_of(model: nn.Module, parts: Sequence[Part] = EVERYTHING) -> Path:
     model = unwrap(model)
     record = record_of(model)
     source = pipeline_source(model) or (record.source if record else source_of(model))
+    if not source and family_of(model).num_classes(model) is not None:
+        raise CheckpointError(_CLASSES.format("this model"))
     if not source:
         raise CheckpointError(f"this model does not say which pipeline it is of; {_GIVE}")
-    return find_pipeline(source, parts)
+    try:
+        return _find(source, parts)
+    except CheckpointError:
+        if family_of(model).num_classes(model) is not None:
+            raise CheckpointError(_CLASSES.format("this model")) from None
+        raise
 
 
 def transformer_config(source: str | Path) -> dict[str, Any]:
@@ -139,10 +177,14 @@ def fitting_class(said: str, transformer: Mapping[str, Any]) -> str:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """model_index.json of a pipeline whose class is known here. Raises CheckpointError."""
-    index = weights.read_json(folder / INDEX, "pipeline")
+    return check_index(weights.read_json(folder / INDEX, "pipeline"), str(folder / INDEX))
+
+
+def check_index(index: dict[str, Any], where: str) -> dict[str, Any]:
+    """The index as it is. Raises CheckpointError for a class of pipelines that is not known here."""
     if index.get("_class_name") not in MAX_TOKENS:
         raise CheckpointError(
-            f"{folder / INDEX} describes a {index.get('_class_name')!r}; known are {', '.join(MAX_TOKENS)}"
+            f"{where} describes a {index.get('_class_name')!r}; known are {', '.join(MAX_TOKENS)}"
         )
     return index
 
