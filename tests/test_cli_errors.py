@@ -26,6 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bad_inputs() -> list[tuple[str, list[str], str]]:
     """(name, arguments, word of the error); {w} is the folder of the fixture, {o} an empty one."""
     explain = ["explain", "{w}/model", "--plan"]
+    pairs = ["synthesize", "dit-fashion", "--out", "{o}/x"]
     plans = {
         "empty": "no entries", "blank": "plan", "operator": "hyena_z", "key": "kernal_size",
         "selector": "interleaved-55",
@@ -88,11 +89,15 @@ def bad_inputs() -> list[tuple[str, list[str], str]]:
         ("resume of other things", ["run", "{w}/tiny.yaml", "--out", "{w}", "--resume"], "holds no run"),
         ("apply on other things", [*apply, "{w}", "--plan", "{w}/plan.yaml"], "holds no run"),
         ("import on other things", ["import", "{w}/grafted.pt", "--num-heads", "4", "--out", "{w}"], "not an empty"),
-        ("import without heads", ["import", "{w}/grafted.pt", "--out", "{o}/x"], "num_heads"),
+        ("import without heads", ["import", "{w}/grafted.pt", "--out", "{o}/x"], "num_heads= (--num-heads)"),
         ("import of a cut file", ["import", "{w}/cut.pt", "--num-heads", "4", "--out", "{o}/x"], "cut.pt"),
         ("export of nothing", ["export", "nothing", "--out", "{o}/x.pt"], "nothing"),
         ("export format", ["export", "{w}/model", "--format", "onnx", "--out", "{o}/x.pt"], "onnx"),
-        ("export of a graft", ["export", "{w}/graft", "--format", "diffusers", "--out", "{o}/x"], "save_graft"),
+        ("export of a graft", ["export", "{w}/graft", "--format", "diffusers", "--out", "{o}/x"], "--format graft"),
+        ("pipeline of classes", ["export", "{w}/graft", "--format", "pipeline", "--out", "{o}/x"], "of classes"),
+        ("synthesis of classes", [*pairs, "--prompts", "{w}/none.txt", "--num", "2"], "dit-fashion' makes"),
+        ("a recipe as a plan", ["explain", "{w}/model", "--plan", "{w}/tiny.yaml"], "looks like a recipe"),
+        ("no such data", [*run, "--set", "data=/no/such"], "of latents (graft encode) or of pairs (graft synthesize)"),
         ("distill of no run", ["distill", "{o}"], "run.json"),
         ("finetune of no run", ["finetune", "{w}/model"], "run.json"),
         ("report of no run", ["report", "{o}"], "run.json"),

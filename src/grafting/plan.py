@@ -227,6 +227,10 @@ def _entries_of(data: Mapping[str, Any]) -> object:
             raise PlanError(
                 f"a plan is a list of entries, got one {key!r}; put '- ' before it, in Python [...] around it"
             )
+    if "plan" in data and "entries" not in data:
+        raise PlanError(
+            "this looks like a recipe, whose plan stands under 'plan'; give a file of that list of entries alone"
+        )
     check_keys(data, ("entries",), ("version",))
     version = data.get("version", VERSION)
     if type(version) is not int or version not in VERSIONS_READ:

@@ -68,7 +68,7 @@ def load_dataset(source: str | Path) -> ImageLabelDataset | LatentDataset | Capt
     if not path.is_file():
         raise DataError(
             f"no data at {text!r}: expected {', '.join(PACKAGED)}, fashion:FOLDER, a folder of IDX files, "
-            "a .npz or a .safetensors file"
+            "of latents (graft encode) or of pairs (graft synthesize), a .npz or a .safetensors file"
         )
     if path.suffix == ".npz":
         return _from_npz(path)
