@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import tiny_dit
 from pixart_tools import tiny_transformer
+from tiny_runs import tiny_pipeline
 
 from grafting import (
     GraftPlan,
@@ -27,6 +28,7 @@ from grafting import (
     save_model,
 )
 from grafting.card import model_card
+from grafting.console import Console
 from grafting.errors import CheckpointError, GraftError, OperatorError
 from grafting.families import base
 from grafting.formats.published import export_published
@@ -122,6 +124,29 @@ def test_a_graft_by_an_operator_of_a_script_is_saved_with_a_warning(
     del registry._entries["acme_mixer"]
     with pytest.raises(OperatorError, match="'acme_mixer': it was defined in a script or notebook"):
         load_graft(tmp_path / "g", base=teacher)
+
+
+def test_code_of_an_operator_that_changes_between_stages_is_warned_of(
+    acme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = [{"replace": {"target": "mha", "layers": [1], "with": "acme_mixer"}}]
+    pipeline = tiny_pipeline(tmp_path, plan=plan)
+    pipeline.run.console = Console()
+    pipeline.distill()
+    held = pipeline.run.read()["inputs"]["operators"]
+    assert held == {"acme_mixer": operators.get("acme_mixer").source_hash}
+    assert "has changed" not in capsys.readouterr().err
+    file = tmp_path / "acme_grafts.py"
+    file.write_text(
+        file.read_text().replace("super().__init__(dim, dim)", "super().__init__(dim, dim)  # other")
+    )
+    del vars(operators.get("acme_mixer"))["source_hash"]  # as in another process
+    pipeline.finetune()
+    assert (
+        "warning: the code of operator 'acme_mixer' has changed since this run began"
+        in capsys.readouterr().err
+    )
+    assert pipeline.run.read()["inputs"]["operators"] == held
 
 
 def test_a_model_that_nobody_knows_is_asked_of_the_plugins(acme: str) -> None:

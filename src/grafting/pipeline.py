@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grafting import operators
 from grafting.analysis.memory import StagePeak, gigabytes
 from grafting.console import Console
 from grafting.data import DataSource, load_dataset
@@ -33,6 +34,7 @@ from grafting.loading import as_device, load_model, pretraining_visits
 from grafting.needs import expected, remedies, shortages, surely_fits
 from grafting.out_of_memory import explained
 from grafting.parts import remove_parts
+from grafting.plan import Replace
 from grafting.recipes import Recipe
 from grafting.runs import RunFolder
 from grafting.runs.trackers import check_trackers
@@ -252,6 +254,7 @@ class Pipeline:
     def _train(self, stage: str, work: Any) -> dict[str, Any]:
         with self.run.writing(stage), self._explained(stage):
             self.run.bind("data", self.data.name, self.data.content_hash)
+            self._note_operators()
             student = self.student(share=self._leaves_the_rest(stage))
             expected, peak = self._expect(stage), StagePeak(self.compute.device)
             with self.run.stoppable():
@@ -269,6 +272,16 @@ class Pipeline:
         if code is not None:  # it came after the last step
             raise Interrupted(code, result["steps"])
         return result
+
+    def _note_operators(self) -> None:
+        """Warn of operators of others whose code is no longer what this run began with: its results are of both."""
+        used = {entry.operator for entry in self.recipe.graft_plan.entries if isinstance(entry, Replace)}
+        hashes = {name: found for name in used if (found := operators.get(name).source_hash) is not None}
+        for name in self.run.remember("operators", hashes) if hashes else ():
+            self.run.console.say(
+                f"warning: the code of operator {name!r} has changed since this run began; restore it, or make a new "
+                "run (another --out) for results of one code alone"
+            )
 
     def _expect(self, stage: str) -> int | None:
         """Say what memory a stage will take; bytes, or None where it can't be counted or would not matter."""

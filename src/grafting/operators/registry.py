@@ -11,10 +11,12 @@ keyword-only parameter is a configuration key, validated by its annotation.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -46,6 +48,19 @@ class Entry:
         """The configuration keys that have a default, with it."""
         fields = self.config.model_fields.items()
         return {key: field.get_default() for key, field in fields if not field.is_required()}
+
+    @cached_property
+    def source_hash(self) -> str | None:
+        """SHA-256 of the code of the class; None for the package's own, and where there is no source to read.
+
+        Read once, so that a file that is edited later does not speak for the code that this process runs.
+        """
+        if self.package == "grafting":
+            return None
+        try:
+            return hashlib.sha256(inspect.getsource(self.cls).encode()).hexdigest()
+        except (OSError, TypeError):
+            return None
 
 
 _entries: dict[str, Entry] = {}

@@ -241,6 +241,15 @@ class RunFolder:
                 "changed); restore it, or give another --out"
             )
 
+    def remember(self, what: str, values: Mapping[str, str]) -> list[str]:
+        """Record values by name, those that are not known yet; returns the names that are known with another value."""
+        state = self.read()
+        known = state.setdefault("inputs", {}).get(what, {})
+        if self.writer and values.keys() - known.keys():
+            state["inputs"][what] = {**values, **known}
+            self._write(state)
+        return sorted(name for name, value in values.items() if known.get(name, value) != value)
+
     def _write(self, state: Mapping[str, Any]) -> None:
         weights.write_json(self.path / "run.json", plain_json(state))
 
