@@ -234,7 +234,7 @@ def test_a_third_party_operator_through_plan_stage_1_save_and_load(
     assert torch.equal(prediction(load_graft(tmp_path / "graft", base=model)), prediction(student))
 
     del registry._entries["box_mean"]
-    with pytest.raises(OperatorError, match=r"box_mean.*package 'boxes'.*import boxes"):
+    with pytest.raises(OperatorError, match=r"box_mean.*registered by 'boxes'.*import boxes"):
         load_graft(tmp_path / "graft", base=model)
 
 
