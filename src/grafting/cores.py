@@ -21,15 +21,11 @@ def usable_cores(root: Path = Path("/")) -> int:
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
-def prepare_threads(root: Path = Path("/")) -> None:
-    """Have PyTorch's threads, once it is loaded, fit into what else runs here, unless the user said how they wait.
+def limit_threads(root: Path = Path("/")) -> None:
+    """Have PyTorch, when it is loaded, use no more threads than a container's quota allows, unless the user said.
 
-    They wait for each other asleep: where another process has one of the cores, threads that wait busily keep the one
-    they wait for from running (a step of the demo's stage 2 beside one other process: 2.7 s asleep, 6.0 s busily).
-    And there are no more of them than a container's quota allows, unless the user said how many.
     It takes as many as there are cores: 64 that share a quota of 2 spend each period's time at once and then all wait.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     cores = usable_cores(root)
     if "OMP_NUM_THREADS" not in os.environ and _quota(root) is not None:
         os.environ["OMP_NUM_THREADS"] = str(cores)
@@ -67,4 +63,4 @@ def _folders(root: Path) -> list[Path]:
     return found
 
 
-__all__ = ["prepare_threads", "usable_cores"]
+__all__ = ["limit_threads", "usable_cores"]

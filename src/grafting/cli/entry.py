@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from grafting.cli.app import app
-from grafting.cores import prepare_threads
+from grafting.cores import limit_threads
 from grafting.errors import GraftError, Interrupted, OutOfMemoryError, PeerError
 from grafting.out_of_memory import said_of
 from grafting.processes import is_lost, leave, settle
@@ -21,7 +21,7 @@ def main() -> None:
     """Entry point: one line on stderr for what a user can mend, exit statuses as documented."""
     # What lives at the end dies with the process, and need not be looked through for cycles (half a second of torch).
     atexit.register(gc.freeze)
-    prepare_threads()
+    limit_threads()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
