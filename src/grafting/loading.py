@@ -15,7 +15,7 @@ from grafting import draws
 from grafting.errors import CheckpointError, GraftError
 from grafting.families import families
 from grafting.formats import diffusers_folder, dit_states, weights
-from grafting.formats.graft_folder import is_graft_folder, load_graft, load_saved_model
+from grafting.formats.graft_folder import graft_in, is_graft_folder, load_graft, load_saved_model
 from grafting.formats.published import load_published
 from grafting.models.dit import DiT
 from grafting.plugins import HOW
@@ -126,14 +126,10 @@ def _load(source: str, num_heads: int | None) -> nn.Module:
 
 
 def _load_folder(folder: Path) -> nn.Module:
-    if is_graft_folder(folder):
+    if is_graft_folder(graft_in(folder)):  # itself, a run's, or a saved pipeline's
         return load_graft(folder)
-    if is_graft_folder(folder / "graft"):
-        return load_graft(folder / "graft")
     if (folder / "model.json").is_file():
         return load_saved_model(folder)
-    if is_graft_folder(folder / "transformer"):  # a pipeline by save_pipeline
-        return load_graft(folder / "transformer")
     if transformer := diffusers_folder.transformer_folder(folder):
         return diffusers_folder.read_transformer(transformer)
     raise CheckpointError(

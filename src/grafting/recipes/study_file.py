@@ -97,8 +97,8 @@ def _rows(where: str, name: str, body: Mapping[str, Any], seeds: int) -> Iterabl
     for key in body:
         if key not in (*Recipe.model_fields, *_OF_ROWS) or key in ("name", "about"):
             known = (*_OF_ROWS, *Recipe.model_fields)
-            raise RunError(f"{where}: row {name!r}: unknown key {key!r}{closest(key, known)}; a row has label, "
-                           "seed and the keys of a recipe")  # fmt: skip
+            raise RunError(f"{where}: row {name!r}: unknown key {key!r}{closest(key, known)} (a row has label, "
+                           "seed and the keys of a recipe)")  # fmt: skip
     first, label = body.get("seed", 0), body.get("label", name)
     if not isinstance(first, int) or isinstance(first, bool) or not isinstance(label, str):
         raise RunError(f"{where}: row {name!r}: seed is a whole number, added to --seed, and label a text")

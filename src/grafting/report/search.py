@@ -17,7 +17,7 @@ from grafting.report.style import CSS
 from grafting.report.words import operator_label
 
 Found = Mapping[str, Any]
-_COSTS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
+COSTS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
 _RULES = (THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH)
 
 
@@ -45,7 +45,7 @@ def search_remarks(found: Found) -> list[str]:
     what = "; ".join(f"{labels[name]} in {ranges(layers)}" for name, layers in chosen["layers"].items())
     said = [
         f"Chosen: {what or 'nothing'}: {chosen['replaced']} operators, {percent(chosen['cost'])} of the "
-        f"{_COSTS[found['by']]}.",
+        f"{COSTS[found['by']]}.",
         f"Damage {significant(1e4 * chosen['together'], 3)}e-4, all together; "
         f"{significant(1e4 * chosen['damage'], 3)}e-4 by adding up what each does alone.",
     ]
@@ -137,7 +137,7 @@ def _curve(found: Found) -> Html:
         ],
     ]  # fmt: skip
     lines = [lines[0], *(each for each in lines[1:] if each.x)]
-    x = f"{_COSTS[found['by']]}, % of the model's" if by_cost else "operators replaced"
+    x = f"{COSTS[found['by']]}, % of the model's" if by_cost else "operators replaced"
     described = "; ".join(
         f"{significant(a, 3)}: {significant(b, 3)}" for a, b in zip(lines[0].x, lines[0].y, strict=True)
     )
@@ -171,7 +171,7 @@ def _rules(found: Found) -> Html | None:
     rules, labels = [mapping(rule) for rule in sequence(found["rules"])], _labels(found)
     if not rules:
         return None
-    columns = [Column("rule", True), Column("candidate", True), Column("replaced"), Column(_COSTS[found["by"]]),
+    columns = [Column("rule", True), Column("candidate", True), Column("replaced"), Column(COSTS[found["by"]]),
                Column("together, 1e-4")]  # fmt: skip
     body: list[list[Child]] = [
         [

@@ -23,6 +23,7 @@ from grafting.pipeline import Pipeline
 from grafting.plan import GraftPlan, PlanLike
 from grafting.recipes import Recipe
 from grafting.rehearsal import check_inputs, in_time, teacher_of
+from grafting.report.search import COSTS
 from grafting.runs import RunFolder
 from grafting.search.candidates import Candidate, Cost, bare, find_candidates, options_of, savings_of
 from grafting.search.choice import best_choice, pareto_choices
@@ -31,8 +32,6 @@ from grafting.surgery import graft
 from grafting.training.compute import make_compute
 from grafting.training.config import DistillConfig
 from grafting.training.loop import samples_per_pass
-
-_COSTS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
 
 
 def rehearse_search(
@@ -139,7 +138,7 @@ def _described(candidate: Candidate, folder: str | Path) -> dict[str, Any]:
 
 def in_words(found: Mapping[str, Any]) -> Iterator[str]:
     """The rehearsal as lines for a person."""
-    device, cost = found["device"], _COSTS[found["by"]]
+    device, cost = found["device"], COSTS[found["by"]]
     memory = device["memory_bytes"]
     for row in found["candidates"]:
         sites = f"{len(row['layers'])} {'layer' if len(row['layers']) == 1 else 'layers'}"
